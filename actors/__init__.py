@@ -1,0 +1,1 @@
+"""State that lives on the cluster: Ray actors, and the plain decision logic that they run."""

@@ -1,0 +1,1 @@
+"""The paged-KV serving engine of one instance. Imports and runs without Ray."""
