@@ -1,0 +1,181 @@
+// y = x W^T (+ bias) (+ y) with W packed in panels of 32 output columns, over plain pointers: used by linear.cpp (torch ops) and by
+// the whole-model decoder. Threads divide panels only, and each output is one chain over k: a row's bits depend on that row and
+// the weights alone. Activations are prepared once per row (bf16: rounded; int8: symmetric, one scale per row) for all panels.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <string>
+
+#include <ATen/Parallel.h>
+
+#include "linear/csrc/linear_x86.h"
+#include "paged_attention/csrc/cpu_isa.h"
+
+namespace sextant {
+namespace linear_detail {
+namespace {
+
+#define SEXTANT_VEC_LOOPS "linear/csrc/linear_isa.h"
+#include "paged_attention/csrc/vector_dispatch.h"
+#undef SEXTANT_VEC_LOOPS
+
+}  // namespace
+}  // namespace linear_detail
+
+enum class LinearKind : int { kF32 = 0, kBf16 = 1, kInt8 = 2 };
+constexpr int64_t kPanel = 32;
+
+struct PackedLinear {
+  LinearKind kind = LinearKind::kF32;
+  int64_t n = 0;  // output columns; the panels hold n rounded up to 32
+  int64_t k = 0;  // inputs, rounded up to a multiple of 4 in the panels (bf16: 2)
+  const char* data = nullptr;
+  const float* scales = nullptr;     // int8: one per column (padded)
+  const int32_t* offsets = nullptr;  // int8: 128 * sum of the column's weights (padded)
+
+  int64_t padded_k() const { return kind == LinearKind::kInt8 ? (k + 3) / 4 * 4 : kind == LinearKind::kBf16 ? (k + 1) / 2 * 2 : k; }
+  int64_t panels() const { return (n + kPanel - 1) / kPanel; }
+  int64_t panel_bytes() const {
+    return padded_k() * kPanel * (kind == LinearKind::kF32 ? 4 : kind == LinearKind::kBf16 ? 2 : 1);
+  }
+};
+
+namespace linear_detail {
+namespace {
+
+using PanelFn = void (*)(const void*, int64_t, const void*, int64_t, void*);
+
+// 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with its BF16 and VNNI instructions where the CPU has them. Tests lower it.
+inline std::atomic<int>& level_in_use() {
+  static std::atomic<int> level{vec::best_isa() == vec::Isa::kAvx512 ? 3 : static_cast<int>(vec::best_isa())};
+  return level;
+}
+inline int64_t set_level(int64_t level) {
+  static const int best = level_in_use().load();
+  if (level >= 0) level_in_use() = static_cast<int>(std::min<int64_t>(level, best));
+  return level_in_use();
+}
+inline bool use_bf16_instruction() {
+#ifdef SEXTANT_VEC_X86
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has && level_in_use() >= 3;
+#else
+  return false;
+#endif
+}
+inline bool use_vnni() {
+#ifdef SEXTANT_VEC_X86
+  static const bool has = __builtin_cpu_supports("avx512vnni");
+  return has && level_in_use() >= 3;
+#else
+  return false;
+#endif
+}
+
+struct Path {
+  const PanelFn* tiles;  // tiles[r] does r rows of one panel
+  int tile_rows;
+};
+
+inline Path path_of(LinearKind kind) {
+#ifdef SEXTANT_VEC_X86
+  if (kind == LinearKind::kBf16 && use_bf16_instruction()) return {TableX86::dpbf16, 12};
+  if (kind == LinearKind::kInt8 && use_vnni()) return {TableX86::vnni, 12};
+#endif
+  const auto choose = [kind](const auto* f32, const auto* bf16, const auto* int8, int rows) {
+    return Path{kind == LinearKind::kF32 ? f32 : kind == LinearKind::kBf16 ? bf16 : int8, rows};
+  };
+#ifdef SEXTANT_VEC_X86
+  if (level_in_use() >= 2) return choose(avx512::Table::f32, avx512::Table::bf16, avx512::Table::int8, avx512::kTileRows);
+  if (level_in_use() == 1) return choose(avx2::Table::f32, avx2::Table::bf16, avx2::Table::int8, avx2::kTileRows);
+#endif
+  return choose(portable::Table::f32, portable::Table::bf16, portable::Table::int8, portable::kTileRows);
+}
+
+#ifdef SEXTANT_VEC_X86
+#define SEXTANT_LINEAR_CALL(function, ...)                              \
+  (level_in_use() >= 2   ? avx512::function(__VA_ARGS__)                \
+   : level_in_use() == 1 ? avx2::function(__VA_ARGS__)                  \
+                         : portable::function(__VA_ARGS__))
+#else
+#define SEXTANT_LINEAR_CALL(function, ...) portable::function(__VA_ARGS__)
+#endif
+
+}  // namespace
+}  // namespace linear_detail
+
+// Names what decides the bits of a result of this kind on this CPU now.
+inline std::string linear_numerics(LinearKind kind) {
+  if (kind == LinearKind::kInt8) return "int8-exact";
+  if (kind == LinearKind::kF32) return "fp32-fma";
+  return linear_detail::use_bf16_instruction() ? "bf16-dp" : "bf16-fma";
+}
+
+// Bytes between prepared rows of `k` inputs; 0: the fp32 rows are used as they are.
+inline int64_t prepared_stride(const PackedLinear& w) {
+  if (w.kind == LinearKind::kF32) return 0;
+  const int64_t element = w.kind == LinearKind::kInt8 ? 1 : linear_detail::use_bf16_instruction() ? 2 : 4;
+  return (w.padded_k() * element + 63) / 64 * 64;
+}
+
+// One row of activations as the panels want it; returns its scale (1 but for int8).
+inline float prepare_row(const PackedLinear& w, const float* x, void* out) {
+  using namespace linear_detail;
+  const int64_t pad = w.padded_k() - w.k;
+  if (w.kind == LinearKind::kInt8) {
+    auto* row = static_cast<uint8_t*>(out);
+    for (int64_t j = 0; j < pad; ++j) row[w.k + j] = 128;
+    return SEXTANT_LINEAR_CALL(row_to_int8, x, w.k, row);
+  }
+  if (use_bf16_instruction()) {
+    auto* row = static_cast<uint16_t*>(out);
+    for (int64_t j = 0; j < pad; ++j) row[w.k + j] = 0;
+    SEXTANT_LINEAR_CALL(row_to_bf16, x, w.k, row);
+  } else {
+    auto* row = static_cast<float*>(out);
+    for (int64_t j = 0; j < pad; ++j) row[w.k + j] = 0.0f;
+    SEXTANT_LINEAR_CALL(row_to_bf16_floats, x, w.k, row);
+  }
+  return 1.0f;
+}
+
+// y[rows][n] from prepared rows (fp32: from x with `stride` bytes between rows). Parallel over panels.
+inline void linear_prepared(const PackedLinear& w, const void* x, int64_t stride, const float* row_scales, int64_t rows,
+                            float* y, int64_t ys, const float* bias, bool accumulate) {
+  using namespace linear_detail;
+  const Path path = path_of(w.kind);
+  const int64_t k = w.padded_k(), panel_bytes = w.panel_bytes();
+  const int64_t element = w.kind == LinearKind::kF32 ? 4 : w.kind == LinearKind::kInt8 ? 1 : use_bf16_instruction() ? 2 : 4;
+  const int64_t xs = stride / element;
+  // A block of rows stays in the second-level cache while the panels pass by it.
+  const int64_t fit = std::max<int64_t>(1, (int64_t{320} << 10) / std::max<int64_t>(stride, 1) / path.tile_rows);
+  const int64_t block_rows = fit * path.tile_rows;
+  at::parallel_for(0, w.panels(), 1, [&](int64_t first, int64_t last) {
+    alignas(64) float acc[12 * kPanel];
+    for (int64_t begin = 0; begin < rows; begin += block_rows) {
+      const int64_t end = std::min(begin + block_rows, rows);
+      const int64_t tiles = (end - begin + path.tile_rows - 1) / path.tile_rows;
+      for (int64_t p = first; p < last; ++p) {
+        const char* panel = w.data + p * panel_bytes;
+        const int columns = static_cast<int>(std::min<int64_t>(kPanel, w.n - p * kPanel));
+        const float* panel_bias = bias ? bias + p * kPanel : nullptr;
+        int64_t row = begin;
+        for (int64_t t = 0; t < tiles; ++t) {  // tiles of equal height: 16 rows are 8 + 8, not 12 + 4
+          const int height = static_cast<int>((end - row + (tiles - t) - 1) / (tiles - t));
+          path.tiles[height](static_cast<const char*>(x) + row * stride, xs, panel, k, acc);
+          float* to = y + row * ys + p * kPanel;
+          if (w.kind == LinearKind::kInt8)
+            SEXTANT_LINEAR_CALL(finish_int8, reinterpret_cast<const int32_t*>(acc), height, columns, to, ys, panel_bias,
+                                accumulate, row_scales + row, w.scales + p * kPanel, w.offsets + p * kPanel);
+          else
+            SEXTANT_LINEAR_CALL(finish_f32, acc, height, columns, to, ys, panel_bias, accumulate);
+          row += height;
+        }
+      }
+    }
+  });
+}
+
+}  // namespace sextant
