@@ -76,7 +76,7 @@ def load(name: str) -> bool:
 
 def available() -> bool:
     """Whether every C++ kernel can be loaded here."""
-    return all([load(name) for name in names()])
+    return not [name for name in names() if not load(name)]
 
 
 def cache_folder() -> Path:

@@ -1,4 +1,4 @@
-"""kernels.decoder: the compiled stack gives the bits of the composed ops, in any batch, chunking, block order and thread count."""
+"""kernels.decoder: the compiled stack gives the bits of the composed ops, in any batch, chunking, block order, thread count."""
 
 from __future__ import annotations
 
