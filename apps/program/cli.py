@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import select
 import sys
 import traceback
 import typing
@@ -80,21 +81,29 @@ class Program:
                 prog_name=f"python -m apps.{self.system}",
                 standalone_mode=False,
             )
-            sys.stdout.flush()
+            try:
+                sys.stdout.flush()
+            except BrokenPipeError as error:
+                return self._pipe_broke(_PipeBroke(error), debug)
             return result if isinstance(result, int) else 0
         except (KeyboardInterrupt, Abort):
             print(file=sys.stderr)
             return 130
-        except BrokenPipeError:
-            # The reader (head, less) has gone: that is no mistake, but stdout must not be flushed again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+        except _PipeBroke as error:
+            return self._pipe_broke(error, debug)
         except TyperException as error:
             return self._usage(error)
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
         except BaseException as error:
             return self._failed(error, debug)
+
+    def _pipe_broke(self, error: _PipeBroke, debug: bool) -> int:
+        if not _reader_has_gone():
+            return self._failed(error.broke, debug)
+        # That is no mistake (head and less do so), but stdout must not be flushed again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
     def _usage(self, error: TyperException) -> int:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
@@ -147,7 +156,10 @@ class Program:
                 if path is None and DEFAULT_PRESET in presets(self.system):
                     path = DEFAULT_PRESET
                 values[models[0]] = load_config(hints[models[0]], path, overrides, system=self.system)
-            return function(**values)
+            try:
+                return function(**values)
+            except BrokenPipeError as error:
+                raise _PipeBroke(error) from error  # typer would end the process silently
 
         # typer reads the signature and the annotations of what it is given; both must describe the command line.
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -174,6 +186,24 @@ class Program:
 def program(system: str, help: str, user_errors: Sequence[type[BaseException]] = ()) -> Program:
     """The command line of ``apps.<system>``."""
     return Program(system, help, user_errors)
+
+
+class _PipeBroke(Exception):
+    """Carries a BrokenPipeError past typer: of stdout, or of a connection that the verb used."""
+
+    def __init__(self, broke: BrokenPipeError):
+        super().__init__(str(broke))
+        self.broke = broke
+
+
+def _reader_has_gone() -> bool:
+    """A pipe or socket as stdout whose other end is closed reports an error condition."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):  # no file behind stdout, or no poll on this system
+        return False
 
 
 def _no_operation() -> None:

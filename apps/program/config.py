@@ -25,7 +25,7 @@ from apps.program.scheme import describe_errors, keys_of
 __all__ = ["Config", "ConfigError", "dump_config", "find_preset", "load_config", "presets"]
 
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
-_RESOLVER = re.compile(r"(?<!\\)\$\{[^}]*:")
+_RESOLVER = re.compile(r"(?<!\\)(?:\\\\)*\$\{[^}]*:")
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -37,8 +37,8 @@ class Config(BaseModel):
 
 
 def presets(system: str) -> list[str]:
-    """Names of the presets in ``configs/<system>``, sorted."""
-    return sorted(path.stem for path in (CONFIG_ROOT / system).glob("*.yaml"))
+    """Names of the presets in ``configs/<system>``, sorted (``serve.yaml`` there is Ray Serve's own file, no preset)."""
+    return sorted(path.stem for path in (CONFIG_ROOT / system).glob("*.yaml") if path.stem != "serve")
 
 
 def find_preset(name_or_path: str | Path, system: str | None = None) -> Path:
@@ -50,9 +50,8 @@ def find_preset(name_or_path: str | Path, system: str | None = None) -> Path:
     text = str(name_or_path)
     looks_like_path = isinstance(name_or_path, Path) or "/" in text or text.endswith((".yaml", ".yml"))
     if not looks_like_path and system is not None:
-        path = CONFIG_ROOT / system / f"{text}.yaml"
-        if path.is_file():
-            return path
+        if text in presets(system):
+            return CONFIG_ROOT / system / f"{text}.yaml"
         names = ", ".join(presets(system)) or "none"
         raise ConfigError(f"There is no preset {text!r} for {system}: give a path to a YAML file or one of: {names}.")
     path = Path(text).expanduser()
@@ -84,23 +83,21 @@ def load_config(
     """
     file = find_preset(path, system) if path is not None else None
     origin = f"In {file}" if file is not None else "On the command line"
-    tree: Any = OmegaConf.create(_defaults(model))
+    tree: dict[str, Any] = _defaults(model)
     raw: dict[str, str] = {}
     try:
         if file is not None:
             from_file = _read(file)
             _reject_resolvers(from_file, origin)
-            tree = OmegaConf.merge(tree, from_file)
+            tree = _merge(tree, from_file)
         for item in overrides:
             key, text = _split_override(item)
             _reject_resolvers(text, f"In the override {item!r}")
-            OmegaConf.update(tree, key, _value_of(item, text), merge=True)
+            tree = _merge(tree, _nest(tree, key.split("."), _value_of(item, text)))
             raw[key] = text
-        resolved: Any = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, ValueError, TypeError, AttributeError, IndexError) as error:
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except OmegaConfBaseException as error:
         raise ConfigError(f"{origin}: {_first_line(error)}.") from error
-    if not isinstance(resolved, dict):  # e.g. an override that replaced the root
-        raise ConfigError(f"{origin}: the configuration must be a mapping of keys to values.")
     return _validate(model, resolved, origin, raw)
 
 
@@ -147,7 +144,26 @@ def _defaults(model: type[BaseModel]) -> dict[str, Any]:
     return values
 
 
-def _read(file: Path) -> Any:
+def _merge(base: Any, over: Any) -> Any:
+    """``over`` laid over ``base``: mappings key by key, anything else replaced whole."""
+    if not isinstance(base, dict) or not isinstance(over, dict):
+        return over
+    return base | {key: _merge(base.get(key), value) for key, value in over.items()}
+
+
+def _nest(tree: Any, path: list[str], value: Any) -> Any:
+    """The mapping {path[0]: {path[1]: ... value}}; where ``tree`` has a list, a copy of it with that element changed."""
+    if not path:
+        return value
+    head, rest = path[0], path[1:]
+    if isinstance(tree, list) and head.isdigit() and int(head) < len(tree):
+        index = int(head)
+        return [_merge(old, _nest(old, rest, value)) if at == index else old for at, old in enumerate(tree)]
+    below = tree.get(head) if isinstance(tree, dict) else None
+    return {head: _nest(below, rest, value)}
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -155,20 +171,16 @@ def _read(file: Path) -> Any:
     except OSError as error:
         raise ConfigError(f"The configuration file {file} cannot be read: {error.strerror}.") from error
     try:
-        tree = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+        plain = yaml.safe_load(text)
+        if plain is not None and not isinstance(plain, dict):
+            raise ConfigError(f"The configuration file {file} must be a mapping of keys to values.")
+        # OmegaConf reads it again: it knows 1e-3 as a number and refuses a key that stands twice.
+        return OmegaConf.to_container(OmegaConf.create(text), resolve=False) if plain else {}  # type: ignore[return-value]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or "it does not parse"
         raise ConfigError(f"The configuration file {file} is not valid YAML{where}: {problem}.") from error
-    if not OmegaConf.is_dict(tree) or _is_bare_scalar(text):
-        raise ConfigError(f"The configuration file {file} must be a mapping of keys to values.")
-    return tree
-
-
-def _is_bare_scalar(text: str) -> bool:
-    """OmegaConf reads the file ``hello`` as {hello: null}; a file that is one bare word is a mistake, though."""
-    return isinstance(yaml.safe_load(text), str)
 
 
 def _split_override(item: str) -> tuple[str, str]:
@@ -192,17 +204,21 @@ def _value_of(item: str, text: str) -> Any:
 
 def _reject_resolvers(value: Any, origin: str) -> None:
     """``${other.key}`` is allowed, ``${resolver:...}`` (environment variables, eval-like functions) is not."""
-    text = value if isinstance(value, str) else OmegaConf.to_yaml(value, resolve=False)
-    if found := _RESOLVER.search(text):
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            _reject_resolvers(item, origin)
+    elif isinstance(value, str) and (found := _RESOLVER.search(value)):
         raise ConfigError(
             f"{origin}: {found.group(0)!r}... calls a resolver; only ${{other.key}} may stand in a configuration."
         )
 
 
 def _escape(value: Any) -> Any:
-    """Literal ``${`` in values is escaped, so that reading it back does not interpolate it."""
+    """Literal ``${`` in values is escaped (and backslashes before it), so that reading it back does not interpolate."""
     if isinstance(value, str):
-        return value.replace("${", "\\${")
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     if isinstance(value, dict):
         return {key: _escape(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -101,7 +101,8 @@ def _sentence(model: Any, problem: Mapping[str, Any], key: str, parents: list[An
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "value_error", "assertion_error"):
         reason = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         reason = reason.replace("Input should be", "it must be")
-        at = f"{key} cannot be {value}: " if key else ""
+        is_section = any(fields_of(one) for one in wanted)
+        at = "" if not key else f"{key}: " if is_section else f"{key} cannot be {value}: "
         return f"{at}{reason.rstrip('.')}."
     if key and any(fields_of(one) for one in wanted):
         allowed = sorted({field for one in wanted for field in fields_of(one)})
@@ -118,13 +119,14 @@ def _allowed_keys(section: str, allowed: list[str]) -> str:
 
 
 def _did_you_mean_key(model: Any, key: str, name: str, allowed: list[str]) -> str:
-    section = key[: -len(name)]
-    if near := difflib.get_close_matches(name, allowed, n=1):
-        return f"; did you mean {section}{near[0]}?"
+    """The key of that very name in another section, else a similar one here, else a similar one anywhere."""
     everywhere = keys_of(model)
-    same_name = [other for other in everywhere if other.rpartition(".")[2] == name]
-    near_all = same_name or difflib.get_close_matches(key, everywhere, n=1, cutoff=0.7)
-    return f"; did you mean {near_all[0]}?" if near_all else "."
+    near = [other for other in everywhere if other.rpartition(".")[2] == name]
+    near = near or [key[: -len(name)] + one for one in difflib.get_close_matches(name, allowed, n=1)]
+    if not near:
+        leaves = {other.rpartition(".")[2]: other for other in everywhere}
+        near = [leaves[leaf] for leaf in difflib.get_close_matches(name, leaves, n=1, cutoff=0.75)]
+    return f"; did you mean {near[0]}?" if near else "."
 
 
 def _close(value: str, options: list[str]) -> str:
