@@ -8,6 +8,7 @@ be taken back (``take_unacked``) to travel with a migrating request.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -107,10 +108,8 @@ class Outbox:
                     if batch is not None or left <= 0:
                         return batch or (queue.sequence, [])
                     queue.wakers.append(waker)
-                try:
+                with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(event.wait(), left)
-                except TimeoutError:
-                    pass
         finally:
             with self._changed:
                 if waker in queue.wakers:
@@ -177,9 +176,7 @@ class Outbox:
 
 def _waker(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> Callable[[], None]:
     def wake() -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # The poller's loop was closed: nobody waits any more.
             loop.call_soon_threadsafe(event.set)
-        except RuntimeError:  # The poller's loop was closed: nobody waits any more.
-            pass
 
     return wake

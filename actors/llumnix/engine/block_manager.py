@@ -130,7 +130,9 @@ class BlockManager:
 
     # ---- migration: destination ------------------------------------------------------------------------------------
 
-    def reserve(self, owner: str, num_blocks: int, prefix_hashes: Iterable[bytes] = (), spare: int = 0) -> Reservation | None:
+    def reserve(
+        self, owner: str, num_blocks: int, prefix_hashes: Iterable[bytes] = (), spare: int = 0
+    ) -> Reservation | None:
         """Make the reservation of ``owner`` at least ``num_blocks`` long; None (and nothing changed) if that many are not there.
 
         At the first call leading blocks found in the prefix cache by ``prefix_hashes`` are shared.

@@ -73,7 +73,7 @@ class Engine(MigrationHooks):
         self.scheduler = Scheduler(
             self.blocks, config.max_num_seqs, config.max_batched_tokens, root_hash(str(model.numerics))
         )
-        self.sampler = Sampler(self.vocab_size)
+        self.sampler = Sampler(self.scheduler.max_num_seqs, self.vocab_size)
         self.eos_token_ids = frozenset(model.eos_token_ids)
         self.draining = False
         """Takes no migration in; told to the scheduler in the load."""
@@ -119,9 +119,7 @@ class Engine(MigrationHooks):
     def check_request(self, request: Request) -> None:
         """Raise RequestError, naming the parameter, if the request can never be served by this engine."""
         validate(request.sampling, self.vocab_size)
-        validate_length(
-            len(request.prompt_token_ids), request.sampling.max_tokens, self.max_model_len, self.kv_tokens
-        )
+        validate_length(len(request.prompt_token_ids), request.sampling.max_tokens, self.max_model_len, self.kv_tokens)
         for ids, what in ((request.prompt_token_ids, "prompt"), (request.output_token_ids, "output_token_ids")):
             if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
                 raise RequestError(f"{what} holds a token id outside 0 ... {self.vocab_size - 1}", what)
@@ -135,18 +133,29 @@ class Engine(MigrationHooks):
         request under a newer one. Without, every epoch is ended and a last chunk says ``abort``. Either way what still
         arrives under an epoch ended here (``add_request``, ``attach``, ``reattach``) is refused.
         """
-        limit = float("inf") if up_to_epoch is None else float(up_to_epoch)
-        self._fences[request_id] = max(limit, self._fences.pop(request_id, -1))
+        seq = self._end(request_id, float("inf") if up_to_epoch is None else float(up_to_epoch))
+        if seq is not None and up_to_epoch is None and seq.state is not SequenceState.DETACHED:
+            self._chunks.append(self._chunk(seq, (), "", "abort"))
+        return seq is not None
+
+    def abort_ingress(self, ingress_id: str) -> int:
+        """End all requests of an ingress that is gone, without last chunks; returns how many there were."""
+        mine = self.requests(ingress_id)
+        for request_id in mine:
+            self._end(request_id, float("inf"))
+        return len(mine)
+
+    def _end(self, request_id: str, epoch: float) -> Sequence | None:
+        """Fence ``epoch`` and older; the sequence that was ended by it, if any."""
+        self._fences[request_id] = max(epoch, self._fences.pop(request_id, -1))
         if len(self._fences) > MAX_FENCES:
             self._fences.popitem(last=False)
         seq = self._sequences.get(request_id)
-        if seq is None or seq.epoch > limit:
-            return False
+        if seq is None or seq.epoch > epoch:
+            return None
         if seq.state is not SequenceState.DETACHED:  # A detached one ends at reattach (refused) or at release.
-            if up_to_epoch is None:
-                self._chunks.append(self._chunk(seq, (), "", "abort"))
             self._forget(seq)
-        return True
+        return seq
 
     def requests(self, ingress_id: str | None = None) -> tuple[str, ...]:
         """Ids of the requests here, or of those whose tokens go to one ingress."""
@@ -169,9 +178,7 @@ class Engine(MigrationHooks):
         plan = self.scheduler.schedule()
         if not plan.sequences:
             return StepOutput(self.take_chunks(), num_preempted=plan.num_preempted)
-        rows = [
-            seq for seq, num in zip(plan.sequences, plan.counts, strict=True) if seq.num_uncomputed == num
-        ]
+        rows = [seq for seq, num in zip(plan.sequences, plan.counts, strict=True) if seq.num_uncomputed == num]
         try:
             logits = self.model.forward(self._builder.build(plan), self.kv)
             tokens, logprobs = self.sampler.sample(logits, rows) if rows else ([], [])
@@ -198,12 +205,11 @@ class Engine(MigrationHooks):
     def _emit(self, seq: Sequence, token_id: int, logprob: TokenLogprob | None, now: float) -> None:
         """Chunk for one new token; whatever goes wrong here is this request's own trouble."""
         try:
-            if logprob is not None and logprob.logprob != logprob.logprob:
-                raise ValueError("the model gave logits that are not numbers")
+            if token_id < 0:
+                raise ValueError("the model's logits are not numbers, so no token can be chosen")
             text, reason, stop = self._advance_text(seq, token_id, seq.num_output)
-            chunk = self._chunk(
-                seq, (token_id,), text, reason, stop, None if seq.sampling.logprobs is None else (logprob,), now=now
-            )
+            reported = None if logprob is None else (logprob,)
+            chunk = self._chunk(seq, (token_id,), text, reason, stop, reported, now=now)
         except Exception as error:
             log.exception("engine %s: request %s failed", self.instance_id, seq.request_id)
             seq.tokens.pop()

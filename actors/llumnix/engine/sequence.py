@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from array import array
 from itertools import count
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,6 @@ class Sequence:
     """A request with its output so far. Everything that follows from the tokens is derived, not carried."""
 
     __slots__ = (
-        "abort_requested",
         "arrival_time",
         "block_hashes",
         "block_table",
@@ -43,7 +43,6 @@ class Sequence:
         "num_prompt",
         "num_registered",
         "order",
-        "output_counts",
         "request",
         "request_id",
         "sampler_row",
@@ -52,6 +51,7 @@ class Sequence:
         "stop_token_ids",
         "table_row",
         "text",
+        "token_counts",
         "tokens",
         "was_running",
     )
@@ -82,15 +82,13 @@ class Sequence:
         self.stop_token_ids = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             self.stop_token_ids |= eos_token_ids
-        self.output_counts: dict[int, int] = {}
-        for token_id in request.output_token_ids:
-            self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1
-        self.sampler_row: object = None
-        """What the sampler keeps of this request between steps."""
+        self.sampler_row: Any = None
+        """What the sampler packed of this request."""
+        self.token_counts: Any = None
+        """What the penalties see, made by the sampler if there are any: it follows from the tokens, so it never travels."""
         self.cached_tokens = 0
         self.num_preemptions = 0
         self.num_migrations = 0
-        self.abort_requested = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -112,7 +110,8 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Take the sampled token."""
         self.tokens.append(token_id)
-        self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1
+        if self.token_counts is not None:
+            self.token_counts.append(token_id)
 
     def set_blocks(self, table: list[int]) -> None:
         """Use ``table`` (the block manager's list, shared with it) from now on."""

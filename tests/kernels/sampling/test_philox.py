@@ -1,4 +1,4 @@
-"""Philox4x32-10 against the known answers of Random123 and against Triton's own implementation; one number everywhere."""
+"""Philox4x32-10 against the known answers of Random123, and one number on every path."""
 
 from __future__ import annotations
 
