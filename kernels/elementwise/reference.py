@@ -17,7 +17,7 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def rope(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Rotate ``x`` [T, H, D] by the angles of ``positions`` [T] (Su et al., 2021); ``table`` [positions, 2, D/2]: cosines, sines."""
+    """Rotate ``x`` [T, H, D] by the angles of ``positions`` [T] (Su et al., 2021); ``table``: cosines and sines [P, 2, D/2]."""
     cosine, sine = table[positions.long()].to(x.dtype)[:, None].unbind(2)  # [T, 1, D/2] each
     if interleaved:
         a, b = x[..., 0::2], x[..., 1::2]

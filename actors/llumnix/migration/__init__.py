@@ -1,0 +1,1 @@
+"""Live migration of requests between engines: protocol (pure), transports of KV blocks, and the migrator that drives both."""

@@ -1,0 +1,1 @@
+"""What the scheduler decides, as pure functions over frozen loads: virtual usage, dispatch, pairing, victims. No Ray."""
