@@ -7,6 +7,7 @@ are timed through what a user calls (Engine.step, generate), sampling and bookke
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -112,7 +113,7 @@ class GenerateArm:
         self._generate(
             ids, DECODE_STEPS + 1, past_key_values=copy.deepcopy(self._caches[batch, length]), stopping_criteria=[clock]
         )
-        return statistics.median(b - a for a, b in zip(times, times[1:], strict=False)) * 1e3
+        return statistics.median(b - a for a, b in itertools.pairwise(times)) * 1e3
 
     @torch.inference_mode()
     def prefill_ms(self, length: int) -> float:

@@ -12,7 +12,9 @@ import inspect
 import math
 import sys
 import tarfile
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -25,9 +27,10 @@ from benchmarks.engine_arms import EngineArm, GenerateArm, read_bandwidth
 from benchmarks.engine_attention import compare_attention
 from benchmarks.harness import REPOSITORY, Benchmark, Samples, Target, alternate, print_rows
 from benchmarks.transformers_twin import transformers_twin
+from kernels.linear import Kind
 
 CONTEXT = 256
-DTYPES = ("fp32", "bf16", "int8")
+DTYPES: tuple[Kind, ...] = ("fp32", "bf16", "int8")
 BATCHES = (1, 16)
 PERPLEXITY_TOKENS = 1536
 TARGETS = [
@@ -126,8 +129,8 @@ def run_cpu(bench: Benchmark) -> None:
     steps: dict[int, Samples] = {}
     for batch in BATCHES:
         bench.say(f"decode steps, batch {batch}, context {CONTEXT}")
-        arms = {"generate": lambda batch=batch: generate.decode_ms(batch, CONTEXT)}
-        arms |= {d: lambda e=engines[d], batch=batch: e.decode_ms(batch, CONTEXT) for d in DTYPES}
+        arms: dict[str, Callable[[], float]] = {"generate": partial(generate.decode_ms, batch, CONTEXT)}
+        arms |= {d: partial(engines[d].decode_ms, batch, CONTEXT) for d in DTYPES}
         if batch == 1:
             arms["read"] = read_bandwidth()
         steps[batch] = alternate(arms, rounds, returns_value=True)
@@ -142,7 +145,8 @@ def run_cpu(bench: Benchmark) -> None:
         bench.figure(f"decode_b1_bandwidth_fraction_{dtype}", gb_per_s / bandwidth)
 
     bench.say("prefill of 512 tokens")
-    arms = {"generate": lambda: generate.prefill_ms(512)} | {d: lambda e=engines[d]: e.prefill_ms(512) for d in DTYPES}
+    arms = {"generate": partial(generate.prefill_ms, 512)}
+    arms |= {d: partial(engines[d].prefill_ms, 512) for d in DTYPES}
     prefill = alternate(arms, 3 if bench.quick else 9, returns_value=True)
     report(bench, "prefill", prefill, list(DTYPES), "generate", batch=1, context=512, threads=threads)
     for dtype in DTYPES:
@@ -177,10 +181,10 @@ def run_cuda(bench: Benchmark) -> None:
     rounds = 5 if bench.quick else 15
     generate = GenerateArm(transformers_twin(source, torch.bfloat16), device)
 
-    def engine(dtype: str, deterministic: bool, graphs: bool) -> EngineArm:
+    def engine(dtype: Kind, deterministic: bool, graphs: bool) -> EngineArm:
         config = EngineConfig(
             bench.arguments.model,
-            dtype,  # type: ignore[arg-type]
+            dtype,
             device="cuda",
             kv_dtype="bf16" if dtype != "fp32" else "fp32",
             max_batched_tokens=512,
@@ -199,15 +203,15 @@ def run_cuda(bench: Benchmark) -> None:
     }
     for batch in (1, 16, 64):
         bench.say(f"decode steps, batch {batch}, context {CONTEXT}")
-        arms = {"generate bf16": lambda batch=batch: generate.decode_ms(batch, CONTEXT)}
-        arms |= {name: lambda e=e, batch=batch: e.decode_ms(batch, CONTEXT) for name, e in engines.items()}
+        arms: dict[str, Callable[[], float]] = {"generate bf16": partial(generate.decode_ms, batch, CONTEXT)}
+        arms |= {name: partial(e.decode_ms, batch, CONTEXT) for name, e in engines.items()}
         samples = alternate(arms, rounds, warmup=2, returns_value=True)
         report(bench, "decode", samples, list(engines), "generate bf16", batch=batch, context=CONTEXT, device="cuda")
         bench.figure(f"cuda_decode_b{batch}_bf16", samples.ratio("generate bf16", "bf16").median)
         bench.figure(f"cuda_decode_b{batch}_deterministic_cost", samples.ratio("bf16 deterministic", "bf16").median)
         bench.figure(f"cuda_decode_b{batch}_graphs_gain", samples.ratio("bf16 without graphs", "bf16").median)
-    arms = {"generate bf16": lambda: generate.prefill_ms(512)}
-    arms |= {name: lambda e=e: e.prefill_ms(512) for name, e in engines.items()}
+    arms = {"generate bf16": partial(generate.prefill_ms, 512)}
+    arms |= {name: partial(e.prefill_ms, 512) for name, e in engines.items()}
     samples = alternate(arms, rounds, warmup=2, returns_value=True)
     report(bench, "prefill", samples, list(engines), "generate bf16", batch=1, context=512, device="cuda")
     bench.figure("cuda_prefill512_bf16", samples.ratio("generate bf16", "bf16").median)
@@ -216,7 +220,7 @@ def run_cuda(bench: Benchmark) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run on the chosen device; the exit code is the harness's, 2 when the model or a library is missing."""
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "--device": {"choices": ["cpu", "cuda"], "default": "cpu", "help": "cuda: other figures, named cuda_..."},
         "--threads": {"type": int, "default": 2, "help": "threads of both sides on the CPU"},
         "--model": {"default": EngineConfig().model, "help": "a Llama: the embedded one, a GGUF file, or a folder"},

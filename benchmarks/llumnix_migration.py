@@ -252,7 +252,7 @@ def handovers(times: np.ndarray, reports: Sequence[MigrationReport]) -> list[int
 
 
 async def measure_pauses(fleet: Fleet, context: int, hops: int, recomputes: int = 0) -> tuple[Pauses, Pauses | None]:
-    """One request of ``context`` tokens, moved back and forth ``hops`` times live and then ``recomputes`` times by stopping it and
+    """One request of ``context`` tokens, moved back and forth ``hops`` times live, then ``recomputes`` times by stopping it and
     prefilling it again, with some steps in between."""
     tokens = (hops + recomputes) * 40 + 100
     stream = await fleet.add(f"pause-{context}-{time.time_ns()}", random_prompt(context, context), sampling(tokens), 0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -294,7 +295,7 @@ class Frontend:
             if instance_id not in self._pollers:
                 self._ports[instance_id] = self._connect(handle)
                 task = asyncio.get_running_loop().create_task(self._poll(instance_id, self._ports[instance_id]))
-                task.add_done_callback(lambda done, name=instance_id: self._poller_ended(name, done))
+                task.add_done_callback(functools.partial(self._poller_ended, instance_id))
                 self._pollers[instance_id] = task
         self._joined.set()
 

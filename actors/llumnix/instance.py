@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import pickle
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import ray
 
@@ -77,6 +78,7 @@ class EngineActor:
         self._load: InstanceLoad
         self._load_changed = asyncio.Event()
         self._tokens_since_push = 0
+        self._host = ray.util.get_node_ip_address() if settings.reachable_from == "cluster" else None
         self._asyncio_loop: asyncio.AbstractEventLoop
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
@@ -107,7 +109,9 @@ class EngineActor:
 
         torch.set_num_threads(self._config.threads)
         model, tokenizer = load_model(self._config)
-        self._memory = allocate(model, self._config.kv_memory_mib, self._config.block_size, self._migration.transports)
+        self._memory = allocate(
+            model, self._config.kv_memory_mib, self._config.block_size, self._migration.transports, self._host
+        )
         self._engine = Engine(self._config, model, tokenizer, self.instance_id, self._memory.kv)
         self._warm_up()
         self._engine_loop = EngineLoop(self._engine, self._on_chunks, self._on_load, self._on_failure)
@@ -158,7 +162,7 @@ class EngineActor:
     # ---- called by the scheduler and the replica
 
     async def migrate_out(
-        self, request_id: str | None, destination: bytes, epoch: int, mode: str | None = None
+        self, request_id: str | None, destination: bytes, epoch: int, mode: Literal["live", "recompute"] | None = None
     ) -> MigrationReport:
         """Move a request (the one the policy chooses if None) to the peer with the pickled address ``destination``; returns
         when the migration has ended.
@@ -279,7 +283,7 @@ class EngineActor:
         while True:
             await asyncio.sleep(min(1.0, self._settings.ingress_timeout_s / 4))
             for ingress_id in self._outbox.idle_ingresses(self._settings.ingress_timeout_s):
-                ended = await self._on_engine(lambda name=ingress_id: self._engine.abort_ingress(name))
+                ended = await self._on_engine(functools.partial(self._engine.abort_ingress, ingress_id))
                 dropped = self._outbox.drop(ingress_id)
                 if ended or dropped:
                     logger.warning(
@@ -324,7 +328,7 @@ class EngineActor:
             shared_secret(MIGRATION_SECRET),
             instance_id=self.instance_id,
             node_id=ray.get_runtime_context().get_node_id(),
-            host=ray.util.get_node_ip_address() if self._settings.reachable_from == "cluster" else None,
+            host=self._host,
             config=self._migration,
         )
 

@@ -284,7 +284,7 @@ class Scheduler:
                 logger.error("migration under epoch %d failed: %s", order.epoch, error)
         committed = report is not None and bool(report.committed)
         record = self._view.order_ended(order, outcome, committed, getattr(report, "request_id", None), report)
-        if committed:
+        if report is not None and committed:
             _downtime.observe(report.downtime_ms)
         else:
             self._not_before[order.source] = time.monotonic() + self._settings.backoff_s

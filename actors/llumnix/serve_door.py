@@ -75,10 +75,11 @@ def find_actor(address: SchedulerAddress, timeout_s: float = 5.0) -> Any | None:
                 continue
     if len(handles) <= 1:
         return handles[0] if handles else None
-    started = []
+    started: list[tuple[float, Any]] = []
     for handle in handles:
         try:
-            started.append((ray.get(handle.started_at.remote(), timeout=timeout_s), handle))
+            at: Any = ray.get(handle.started_at.remote(), timeout=timeout_s)
+            started.append((float(at), handle))
         except (RayActorError, RayError, TimeoutError):
             continue
     return max(started, key=lambda pair: pair[0])[1] if started else None

@@ -92,16 +92,12 @@ def status(
 
 
 def _add_verbs() -> None:
-    """The verbs that other modules bring; what they need is imported when they run."""
+    """The verbs that other modules bring."""
+    from apps.llumnix.demo import demo
     from apps.llumnix.replay import replay
 
     app.verb(replay)
-    import importlib.util
-
-    if importlib.util.find_spec("apps.llumnix.demo"):
-        from apps.llumnix.demo import demo
-
-        app.verb(demo)
+    app.verb(demo)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import httpx
@@ -69,7 +69,7 @@ class Client:
         """POST ``/v1/<path>`` without streaming."""
         return self._post(f"/v1/{path}", body)
 
-    def stream(self, path: str, **body: Any) -> Iterator[dict[str, Any]]:
+    def stream(self, path: str, **body: Any) -> Generator[dict[str, Any], None, None]:
         """POST ``/v1/<path>`` with streaming: the payload of each event as it comes. Closing the iterator aborts."""
         try:
             with self._http.stream("POST", f"/v1/{path}", json=body | {"stream": True}) as response:

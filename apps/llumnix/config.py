@@ -17,16 +17,16 @@ class ServerConfig(Config):
     """The OpenAI-compatible front door."""
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(default=8000, ge=1, le=65535)
     model_name: str | None = None
     """Name of the model in the API; by default the last part of engine.model."""
-    ingresses: int = Field(1, ge=1)
+    ingresses: int = Field(default=1, ge=1)
     """Replicas of the front door."""
-    max_ongoing_requests: int = Field(1000, ge=1)
+    max_ongoing_requests: int = Field(default=1000, ge=1)
     """Requests under way at one ingress; further ones wait in Serve's proxy."""
-    max_body_bytes: int = Field(4 * 2**20, ge=1024)
-    request_timeout_s: float = Field(600.0, gt=0)
-    dispatch_timeout_s: float = Field(30.0, gt=0)
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    dispatch_timeout_s: float = Field(default=30.0, gt=0)
     """How long a request waits for an instance when none is ready."""
 
 

@@ -29,7 +29,7 @@ from apps.llumnix.replay import (
     prepare_trace,
     run_replay,
 )
-from apps.llumnix.trace import Trace, fit_lengths, generate_trace, scale_lengths
+from apps.llumnix.trace import Trace, fit_lengths, generate_trace, read_trace, scale_lengths, slice_trace
 from apps.program.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -42,21 +42,25 @@ class DemoSettings:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    question: str = "Explain in a few sentences why the sky is blue."
-    answer_tokens: int = 120
+    question: str = "Write a short story about a lighthouse keeper who finds a letter in a bottle."
+    answer_tokens: int = 160
     hops: int = 4
     """Moves of the chat's request while it streams."""
     trace: str = "../shared/data/traces/azure_2023_conv.csv"
     """CSV of real arrivals, relative to the repository; where it is missing a trace is generated."""
-    requests: int = 120
-    start: int = 1200
-    """Requests of the trace to skip: a stretch with a burst in it."""
-    speed: float = 0.5
-    """Arrivals come so many times as fast as in the trace."""
+    start: int = 0
+    """Requests of the trace to skip."""
+    seconds: float = 60.0
+    """Length of the arrivals in each arm."""
+    load: float = 0.9
+    """Arrival rate as a share of what the instances were measured to serve; the trace's clock is set by it."""
+    max_requests: int = 600
     length_scale: float = 0.25
     """Prompts and outputs are so many times as long as in the trace: its GPUs were faster than two cores."""
     kv_memory_mib: int = 96
-    """KV memory of each instance; replaces engine.kv_memory_mib."""
+    """KV memory of each instance; replaces engine.kv_memory_mib. Small, so that memory is what requests wait for."""
+    max_batched_tokens: int = 96
+    """Replaces engine.max_batched_tokens: short prefill chunks, because a moved request waits for the step under way."""
     seed: int = 7
 
 
@@ -79,9 +83,8 @@ def demo(config: DemoConfig) -> None:
     began = time.monotonic()
     console = Console(highlight=False)
     settings = config.demo
-    config = config.model_copy(
-        update={"engine": dataclasses.replace(config.engine, kv_memory_mib=settings.kv_memory_mib)}
-    )
+    sizes = {"kv_memory_mib": settings.kv_memory_mib, "max_batched_tokens": settings.max_batched_tokens}
+    config = config.model_copy(update={"engine": dataclasses.replace(config.engine, **sizes)})
     if config.instances.count < 2:
         raise UserError("The demo moves a request between instances: it needs instances.count of at least 2.")
     folder = new_run_folder("llumnix", config=config)
@@ -96,7 +99,7 @@ def demo(config: DemoConfig) -> None:
             console.rule("[bold]2  A sentence that moves while it is written", align="left")
             talk = migrating_chat(console, client, settings, instances)
             console.rule("[bold]3  Real arrivals, without and with migration", align="left")
-            trace = demo_trace(settings, context_of(url)[1])
+            trace = demo_trace(console, config, url)
             results = replay_arms(console, client, config, trace, url)
             audit = client.audit()
     finally:
@@ -184,7 +187,6 @@ def _deltas(client: Client, settings: DemoSettings, told_id: Any = None) -> Iter
         "max_tokens": settings.answer_tokens,
         "temperature": 0.7,
         "seed": settings.seed,
-        "ignore_eos": True,
     }
     for event in client.stream("chat/completions", **body):
         if told_id is not None:
@@ -283,24 +285,46 @@ class _Mover:
 # ---- the replay
 
 
-def demo_trace(settings: DemoSettings, max_model_len: int) -> Trace:
-    """The real slice when the file is there, else one with the paper's length distributions at the same rate."""
+CALIBRATION_REQUESTS = 24
+
+
+def demo_trace(console: Console, config: DemoConfig, url: str) -> Trace:
+    """Arrivals for ``demo.seconds`` at the rate ``demo.load`` asks for: of the real trace when the file is there, else with the
+    paper's length distributions."""
+    settings = config.demo
+    whole = whole_trace(settings)
+    sample = slice_trace(whole, start=settings.start, limit=CALIBRATION_REQUESTS, speed=1.0)
+    max_model_len = context_of(url)[1]
+    burst = Trace(tuple(dataclasses.replace(one, arrival_s=0.0) for one in sample), sample.origin)
+    burst = fit_lengths(scale_lengths(burst, settings.length_scale), max_model_len)
+    with waiting(console, f"measuring what this machine serves, with {len(burst)} requests at once"):
+        load = Load(choose_prompts(config.engine.model, settings.seed + 100), settings.seed, temperature=0.7)
+        result = run_replay(url, burst, load, name="calibration")
+    if result.summary().errors:
+        raise DemoFailed(f"Requests failed: {'; '.join(result.error_samples)}")
+    capacity = len(burst) / result.duration_s
+    rate = settings.load * capacity
+    count = max(20, min(settings.max_requests, round(rate * settings.seconds)))
+    chosen = slice_trace(whole, start=settings.start, limit=count, speed=1.0)
+    chosen = slice_trace(chosen, speed=rate / chosen.rate_per_s)
+    console.print(f"It serves {capacity:.2f} such requests/s; arrivals come at {settings.load:.0%} of that.")
+    return fit_lengths(scale_lengths(chosen, settings.length_scale), max_model_len)
+
+
+def whole_trace(settings: DemoSettings) -> Trace:
+    """The real trace, or a generated one of which any slice can be taken."""
     file = Path(settings.trace).expanduser()
     file = file if file.is_absolute() else REPOSITORY / file
     if file.is_file():
-        return prepare_trace(
-            str(file), start=settings.start, limit=settings.requests, speed=settings.speed,
-            length_scale=settings.length_scale, max_model_len=max_model_len,
-        )  # fmt: skip
-    rate = 5.5 * settings.speed
-    generated = generate_trace(settings.requests, rate, prompts="M", outputs="S", cv=2.0, seed=settings.seed)
-    return fit_lengths(scale_lengths(generated, settings.length_scale * 2), max_model_len)
+        return read_trace(file)
+    count = settings.start + max(settings.max_requests, CALIBRATION_REQUESTS)
+    return generate_trace(count, 1.0, prompts="M", outputs="M", cv=1.5, cap=2048, seed=settings.seed)
 
 
 def replay_arms(console: Console, client: Client, config: DemoConfig, trace: Trace, url: str) -> list[ReplayResult]:
     """The same arrivals without and with migration; prompts differ, so that no arm finds the other's blocks in the cache."""
     settings = config.demo
-    real = "generated" not in trace.origin
+    real = not trace.origin.startswith("generated")
     prompt = sum(one.prompt_tokens for one in trace) / len(trace)
     output = sum(one.output_tokens for one in trace) / len(trace)
     console.print(

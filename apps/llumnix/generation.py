@@ -116,7 +116,7 @@ def _generation(
     response_id, now, n = prefix + secrets.token_hex(12), time.time(), body.n or 1
     seed = body.seed if body.seed is not None else secrets.randbits(63)
     field = "messages" if isinstance(body, ChatBody) else "prompt"
-    requests = []
+    requests: list[Request] = []
     for ids in prompts:
         allowed = _token_limit(len(ids), max_tokens, card.max_model_len, field)
         if max_tokens is None and default_max_tokens is not None:

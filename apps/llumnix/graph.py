@@ -58,7 +58,7 @@ def application(config: LlumnixConfig) -> serve.Application:
         logging_config=quiet,
         max_constructor_retry_count=3,
     )
-    return ingress.bind(config, instance.bind(config))
+    return ingress.bind(config, instance.bind(config))  # type: ignore[attr-defined]  # Serve types the decorator form
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:

@@ -38,8 +38,12 @@ class HttpLimits:
 class Backend(Protocol):
     """What stands behind the front door."""
 
-    card: ModelCard
-    tokenizer: PromptTokenizer
+    @property
+    def card(self) -> ModelCard:
+        """The model that is served, as it is now."""
+
+    @property
+    def tokenizer(self) -> PromptTokenizer: ...
 
     async def submit(self, requests: Sequence[EngineRequest]) -> list[Stream]:
         """Start requests that share a prompt; raises RequestError or ServiceUnavailable."""

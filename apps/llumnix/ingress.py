@@ -100,7 +100,7 @@ class LiveBackend:
 class Ingress:
     """Owns the clients' streams and the journals of their requests; see ``frontend`` and ``http_app``."""
 
-    async def __init__(self, config: LlumnixConfig, instances: DeploymentHandle):
+    async def __init__(self, config: LlumnixConfig, instances: DeploymentHandle):  # type: ignore[misc]  # Serve awaits it
         from actors.llumnix.engine.loading import load_tokenizer
 
         self._config = config

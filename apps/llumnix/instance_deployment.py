@@ -20,7 +20,7 @@ logger = logging.getLogger("sextant.llumnix.instance")
 class Instance:
     """A llumlet: starts its engine actor, fails its health check when that has died (Serve then replaces the replica)."""
 
-    async def __init__(self, config: LlumnixConfig):
+    async def __init__(self, config: LlumnixConfig):  # type: ignore[misc]  # Serve awaits it
         context = serve.get_replica_context()
         self.instance_id = f"instance-{context.replica_id.unique_id}"
         self._engine = start_engine_actor(

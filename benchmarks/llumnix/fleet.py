@@ -195,12 +195,14 @@ class Fleet:
         stream.finish_reason = "abort"
         stream.changed.set()
 
-    async def migrate(self, stream: Stream, to: int) -> MigrationReport:
-        """Move a running request live; returns the source's report. What does not commit leaves it where it is."""
+    async def migrate(self, stream: Stream, to: int, mode: str = "live") -> MigrationReport:
+        """Move a running request; returns the source's report. What does not commit leaves it where it is.
+
+        ``mode``: ``live``, or ``recompute`` (stopped, and prefilled again at the destination: the paper's baseline).
+        """
         epoch = self.next_epoch()
-        report = await _get(
-            self._actors[stream.at].migrate_out.remote(stream.request_id, self._infos[to].address, epoch)
-        )
+        source, address = self._actors[stream.at], self._infos[to].address
+        report: MigrationReport = await _get(source.migrate_out.remote(stream.request_id, address, epoch, mode))
         if report.committed:
             stream.at, stream.epoch = to, epoch
             stream.reports.append(report)

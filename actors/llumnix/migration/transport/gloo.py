@@ -13,7 +13,7 @@ import logging
 import secrets
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -134,11 +134,11 @@ class _Sender:
 
 @dataclass
 class _Receiver:
-    """The destination's side of one pair."""
+    """The destination's side of one pair. Several offers are received at the same time, told apart by their tags: the sender
+    may serve either, so neither may wait for the other."""
 
     store: Any
     group: Any
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class GlooTransport:
@@ -231,8 +231,7 @@ class GlooTransport:
         source, pair, number, _, chunk_blocks = offer.payload
         try:
             receiver = self._receiver(source, pair, number)
-            with receiver.lock:
-                self._receive_chunks(receiver, number, target, ids, chunk_blocks, pace)
+            self._receive_chunks(receiver, number, target, ids, chunk_blocks, pace)
         except RuntimeError as error:
             if isinstance(error, TransportError):
                 raise

@@ -17,7 +17,7 @@ from actors.llumnix.migration.transport.base import UNPACED, Offer, OfferRevoked
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 16 << 20
-GET_TIMEOUT_S = 30.0
+GET_TIMEOUT_S = 10.0
 
 
 class ObjectStoreTransport:
@@ -60,7 +60,10 @@ class ObjectStoreTransport:
         return Offer(self.name, len(ids), self._block_bytes, payload)
 
     def revoke(self, offer: Offer) -> None:
-        """Free the chunks: references that travelled in a message are pinned by Ray until they are freed by name."""
+        """Free the chunks: references that travelled in a message are pinned by Ray until they are freed by name.
+
+        The store holds copies, so whoever still reads them reads what was offered.
+        """
         with self._lock:
             refs = self._refs.pop(offer.payload, None)
         if refs:

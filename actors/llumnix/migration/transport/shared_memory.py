@@ -16,6 +16,7 @@ import os
 import secrets
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ LEASE_SLOTS = 512
 LEASE_BYTES = LEASE_SLOTS * 8
 SLICE_BYTES = 1 << 20
 """Largest copy between two looks at the lease: small enough to stop soon, large enough to run at full bandwidth."""
+POPULATE_BYTES = 16 << 20
 MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # Linux 5.14; not named in Python 3.11.
 
 
@@ -80,7 +82,7 @@ class SharedPool:
             self._map = mmap.mmap(fd, size)
             _advise(self._map, mmap.MADV_HUGEPAGE)
             # Take the pages now: a lack of memory shows at the start, and no page fault falls into a step.
-            self._map.madvise(MADV_POPULATE_WRITE)
+            _populate(self._map, MADV_POPULATE_WRITE)
         except OSError as error:
             if error.errno != 22:  # EINVAL: a kernel before 5.14 takes the pages as they are touched.
                 os.close(fd)
@@ -181,7 +183,8 @@ class PeerPool:
 
     def populate(self) -> None:
         """Build the page tables now, so that no fault falls into the last stage of a migration."""
-        _advise(self._map, MADV_POPULATE_READ)
+        with contextlib.suppress(OSError):  # Only a matter of speed.
+            _populate(self._map, MADV_POPULATE_READ)
 
     def lease_valid(self, slot: int, token: int) -> bool:
         """Whether everything read so far under the lease is what the owner offered."""
@@ -289,6 +292,13 @@ def _padded(nbytes: int) -> int:
 def _advise(mapping: mmap.mmap, advice: int) -> None:
     with contextlib.suppress(OSError, ValueError):  # Only ever a matter of speed.
         mapping.madvise(advice)
+
+
+def _populate(mapping: mmap.mmap, advice: int) -> None:
+    """In parts, because Python keeps the GIL during each call and other threads have work to do."""
+    for start in range(0, len(mapping), POPULATE_BYTES):
+        mapping.madvise(advice, start, min(POPULATE_BYTES, len(mapping) - start))
+        time.sleep(0)
 
 
 def _release(fd: int, path: str | None) -> None:

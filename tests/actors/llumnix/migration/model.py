@@ -381,5 +381,6 @@ def quiet(w: World) -> bool:
     source_done = not w.src_alive or (w.source.ended and not w.src_work)
     begun = w.destination.phase is not DestinationPhase.NEW
     destination_done = not w.dst_alive or ((w.destination.ended or not begun) and not w.dst_work)
-    told = w.void <= w.dst_fence and not w.cancel_src and not w.cancel_dst
-    return source_done and destination_done and told
+    source_told = not w.src_alive or not w.cancel_src
+    destination_told = not w.dst_alive or (w.void <= w.dst_fence and not w.cancel_dst)
+    return source_done and destination_done and source_told and destination_told

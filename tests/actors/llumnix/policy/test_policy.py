@@ -148,7 +148,10 @@ def test_demand_is_room_for_the_tokens_and_the_next(tokens: int, blocks: int):
 def test_low_priority_then_short_then_late():
     a = load(
         "a",
-        [req("urgent", 1, 1), req("long", 9), req("early", 4, arrival=1), req("late", 4, arrival=2), req("pre", 1, prefilled=False)],
+        [
+            *(req("urgent", 1, 1), req("long", 9), req("early", 4, arrival=1), req("late", 4, arrival=2)),
+            req("pre", 1, prefilled=False),
+        ],
         [req("queued", 3)],
         migrating=("gone",),
     )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from multiprocessing.connection import Connection
 
 import torch
@@ -39,7 +38,6 @@ def serve(connection: Connection, name: str, seed: int) -> None:
     torch.set_num_threads(1)
     transport, blocks, pool = make(name)
     blocks.copy_(contents(seed))
-    offers = {}
     while True:
         try:
             command, *args = connection.recv()
@@ -49,17 +47,18 @@ def serve(connection: Connection, name: str, seed: int) -> None:
             answer = transport.endpoint()
         elif command == "offer":
             answer = transport.offer(*args)
-            offers[len(offers)] = answer
         elif command == "revoke":
             answer = transport.revoke(args[0])
         elif command == "write":
-            answer = blocks[args[0]].fill_(args[1]) and None
+            blocks.fill_(args[0])
+            answer = None
+        elif command == "refill":
+            blocks.copy_(contents(seed))
+            answer = None
         elif command == "reachable":
             answer = transport.reachable(args[0])
         elif command == "close_pool":
             answer = pool.close()
-        elif command == "die":
-            os._exit(1)
         connection.send(answer)
 
 
@@ -67,7 +66,8 @@ class Peer:
     """A handle of the other process. ``call(command, ...)`` waits for its answer."""
 
     def __init__(self, name: str, seed: int = 1):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # Imports torch once for all peers.
+        context.set_forkserver_preload([__name__, "actors.llumnix.migration.transport.choice"])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, name, seed), daemon=True)
         self.process.start()

@@ -1,11 +1,14 @@
-"""The object store as a KV transport, between this process and an actor's, in a small local Ray."""
+"""The object store as a KV transport, between this process and an actor's, in a local Ray."""
 
 from __future__ import annotations
+
+import pickle
 
 import pytest
 import torch
 
-from actors.llumnix.migration.transport.base import OfferRevoked, TransportError
+from actors.llumnix.migration.transport.base import TransportError
+from actors.llumnix.migration.transport.object_store import ObjectStoreTransport
 
 BLOCKS, BLOCK_BYTES = 12, 4096
 
@@ -16,48 +19,43 @@ def contents(seed: int) -> torch.Tensor:
     )
 
 
+class Source:
+    """Owns the pool that is copied from, in a process of its own."""
+
+    def __init__(self) -> None:
+        self.transport = ObjectStoreTransport(contents(1), chunk_bytes=3 * BLOCK_BYTES)
+
+    def endpoint(self) -> str:
+        return self.transport.endpoint()
+
+    def offer(self, ids: list[int]) -> bytes:
+        return pickle.dumps(self.transport.offer(ids))  # As the migrators' channel does it.
+
+    def revoke(self, offer: bytes) -> None:
+        self.transport.revoke(pickle.loads(offer))
+
+
 @pytest.mark.cluster
-def test_bytes_go_through_the_object_store() -> None:
+def test_bytes_go_through_the_object_store(ray_local) -> None:
     import ray
 
-    from actors.llumnix.migration.transport.object_store import ObjectStoreTransport
-
-    assert ObjectStoreTransport(contents(1)).endpoint() == ""  # No Ray yet.
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-    try:
-
-        @ray.remote(num_cpus=0)
-        class Source:
-            def __init__(self, blocks):
-                self.transport = ObjectStoreTransport(torch.from_numpy(blocks.copy()), chunk_bytes=3 * BLOCK_BYTES)
-
-            def endpoint(self):
-                return self.transport.endpoint()
-
-            def offer(self, ids):
-                offer = self.transport.offer(ids)
-                return offer.num_blocks, offer.block_bytes, offer.payload, offer.transport
-
-            def revoke(self, offer):
-                self.transport.revoke(offer)
-
-        from actors.llumnix.migration.transport.base import Offer
-
-        source = Source.remote(contents(1).numpy())
-        blocks = contents(2)
-        transport = ObjectStoreTransport(blocks)
-        assert transport.reachable(ray.get(source.endpoint.remote())) and not transport.reachable("")
-        src, dst = [3, 4, 0, 11, 7, 6, 5], [1, 2, 3, 9, 8, 0, 10]
-        num, nbytes, payload, name = ray.get(source.offer.remote(src))
-        offer = Offer(name, num, nbytes, payload)
-        assert transport.fetch(offer, dst) == offer.nbytes == len(src) * BLOCK_BYTES
-        want = contents(2)
-        want[dst] = contents(1)[src]
-        assert torch.equal(blocks, want)
-        ray.get(source.revoke.remote(offer))
-        with pytest.raises((OfferRevoked, TransportError)):
-            transport.fetch(offer, dst)
-        with pytest.raises(TransportError, match="outside the pool"):
-            transport.fetch(offer, [BLOCKS] * len(src))
-    finally:
-        ray.shutdown()
+    source = ray.remote(Source).options(num_cpus=0).remote()
+    blocks = contents(2)
+    transport = ObjectStoreTransport(blocks)
+    assert transport.reachable(ray.get(source.endpoint.remote()))
+    assert not transport.reachable("") and not transport.reachable(None)
+    src, dst = [3, 4, 0, 11, 7, 6, 5], [1, 2, 3, 9, 8, 0, 10]
+    packed = ray.get(source.offer.remote(src))
+    offer = pickle.loads(packed)
+    assert transport.probe(offer) == offer.nbytes and torch.equal(blocks, contents(2))
+    assert transport.fetch(offer, dst) == offer.nbytes == len(src) * BLOCK_BYTES
+    want = contents(2)
+    want[dst] = contents(1)[src]
+    assert torch.equal(blocks, want)
+    ray.get(source.revoke.remote(packed))
+    ray.get(
+        source.revoke.remote(packed)
+    )  # Twice is harmless. What was offered was a copy, so a late reader does no harm.
+    with pytest.raises(TransportError, match="outside the pool"):
+        transport.fetch(offer, [BLOCKS] * len(src))
+    ray.kill(source)

@@ -29,17 +29,27 @@ from actors.llumnix.migration.transport.shared_memory import (
 from .peer import BLOCK_BYTES, BLOCKS, Peer, contents, make
 
 SOURCE = [3, 4, 5, 9, 8, 0, 39, 11, 12, 13, 14]
+KINDS = ["shared_memory", "shared_file", "gloo"]
 TARGET = [7, 8, 9, 10, 11, 2, 0, 20, 21, 30, 31]
 
 
-@pytest.fixture(params=["shared_memory", "shared_file", "gloo"])
-def pair(request):
-    peer = Peer(request.param)
+@pytest.fixture(scope="module")
+def peers():
+    """One other process for each kind, and two that may be killed; all start at the same time, because that takes seconds."""
+    started = {name: Peer(name.partition("-")[0]) for name in (*KINDS, "shared_memory-mortal", "gloo-mortal")}
+    yield started
+    for peer in started.values():
+        peer.kill()
+
+
+@pytest.fixture(params=KINDS)
+def pair(request, peers):
+    peer = peers[request.param]
+    peer.call("refill")
     transport, blocks, pool = make(request.param)
     blocks.copy_(contents(2))
     yield peer, transport, blocks
     transport.close()
-    peer.kill()
     pool.close()
 
 
@@ -95,7 +105,7 @@ def test_an_offer_taken_back_in_mid_copy_fails(pair) -> None:
             self.slices += 1
             if self.slices == 3:
                 peer.call("revoke", offer)
-                peer.call("write", list(range(BLOCKS)), 7)
+                peer.call("write", 7)
 
     with pytest.raises(OfferRevoked):
         transport.fetch(offer, list(range(20)), Slow())
@@ -137,8 +147,8 @@ def test_offers_that_do_not_fit(pair) -> None:
 # ---- shared memory ---------------------------------------------------------------------------------------------------
 
 
-def test_a_dead_peers_pool_stays_readable_once_mapped_and_cannot_be_opened_anew() -> None:
-    peer = Peer("shared_memory")
+def test_a_dead_peers_pool_stays_readable_once_mapped_and_cannot_be_opened_anew(peers) -> None:
+    peer = peers["shared_memory-mortal"]
     transport, blocks, pool = make("shared_memory")
     offer = peer.call("offer", SOURCE, None)
     handle = peer.call("endpoint")
@@ -183,7 +193,8 @@ def test_peers_map_read_only_and_see_zeros_first() -> None:
 
 @pytest.mark.parametrize("kind", ["memfd", "file"])
 def test_nothing_is_left_behind(kind: str) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    gc.collect()
+    before = len(list(Path("/proc/self/fd").iterdir()))
     pool = SharedPool.create(1 << 20, kind)
     path = pool.handle.path
     assert (path is not None and Path(path).exists()) == (kind == "file")
@@ -199,7 +210,7 @@ def test_nothing_is_left_behind(kind: str) -> None:
     del other, pool, tensor
     gc.collect()
     assert path is None or not Path(path).exists()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_bad_sizes() -> None:
@@ -228,8 +239,9 @@ def test_who_we_are() -> None:
 # ---- gloo ------------------------------------------------------------------------------------------------------------
 
 
-def test_gloo_serves_a_short_offer_before_the_rest_of_a_long_one() -> None:
-    peer = Peer("gloo")
+def test_gloo_serves_two_offers_at_the_same_time(peers) -> None:
+    peer = peers["gloo"]
+    peer.call("refill")
     transport, blocks, _ = make("gloo")
     transport.fetch(peer.call("offer", [1], transport.endpoint()), [1])
     long, short = (peer.call("offer", list(range(n)), transport.endpoint()) for n in (30, 2))
@@ -254,20 +266,18 @@ def test_gloo_serves_a_short_offer_before_the_rest_of_a_long_one() -> None:
         thread.join(20)
     assert sorted(ended) == ["long", "short"]
     assert torch.equal(blocks[:30], contents(1)[:30])
-    peer.kill()
 
 
-def test_a_gloo_peer_that_dies_is_an_error_not_a_hang() -> None:
-    peer = Peer("gloo")
+def test_a_gloo_peer_that_dies_is_an_error_not_a_hang(peers) -> None:
+    peer = peers["gloo-mortal"]
     transport, _, _ = make("gloo")
     transport.fetch(peer.call("offer", [1], transport.endpoint()), [1])
     offer = peer.call("offer", [1, 2], transport.endpoint())
     peer.kill()
     with pytest.raises(TransportError):
         transport.fetch(offer, [1, 2])
-    other = Peer("gloo")  # A new process at a new address works at once.
-    assert transport.fetch(other.call("offer", [1], transport.endpoint()), [1])
-    other.kill()
+    # Another process works at once.
+    assert transport.fetch(peers["gloo"].call("offer", [1], transport.endpoint()), [1])
 
 
 # ---- pure parts ------------------------------------------------------------------------------------------------------
