@@ -233,7 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ModelLoadError, ImportError) as error:
         print(f"llumnix_engine cannot run: {error}", file=sys.stderr)
         return 2
-    print_rows("rows", bench.rows)
+    for what in dict.fromkeys(row["what"] for row in bench.rows):
+        print_rows(what, [{k: v for k, v in row.items() if k != "what"} for row in bench.rows if row["what"] == what])
     return bench.finish()
 
 

@@ -16,6 +16,7 @@ for _name, _value in {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
+    "RAY_raylet_start_wait_time_s": "120",
     "HF_HUB_OFFLINE": "1",
     "MPLBACKEND": "Agg",
 }.items():

@@ -108,6 +108,8 @@ def environment() -> dict[str, str]:
         # The defaults (2 s poll, 0.1 s deadline) make short trainings look hung and busy replicas look dead.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
+        # Starting a node takes long where others load the machine; the default gives up after 30 s.
+        "RAY_raylet_start_wait_time_s": "120",
         # A task with num_gpus=0 keeps the CUDA_VISIBLE_DEVICES it was given; what Ray will do by default, without its warning.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }

@@ -24,19 +24,18 @@ def serve(config: LlumnixConfig) -> None:
     from apps.llumnix.service import running_service
 
     ended = threading.Event()
-    previous = signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    try:
-        print(f"Starting {config.instances.count} instances of {config.model_name} ...", flush=True)
-        with running_service(config) as url:
+    print(f"Starting {config.instances.count} instances of {config.model_name} ...", flush=True)
+    with running_service(config) as url:
+        # Only now: starting Ray installs a handler of its own, which would end this process in the middle.
+        previous = signal.signal(signal.SIGTERM, lambda *_: ended.set())
+        try:
             print(f"Serving {config.model_name} at {url}/v1 (Ctrl-C ends).", flush=True)
-            try:
-                while not ended.wait(0.5):
-                    pass
-            except KeyboardInterrupt:
+            while not ended.wait(0.5):
                 pass
-            print("Ending ...", flush=True)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        except KeyboardInterrupt:
+            pass
+        print("Ending ...", flush=True)
+    signal.signal(signal.SIGTERM, previous)
 
 
 @app.verb

@@ -9,7 +9,7 @@ import difflib
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -20,15 +20,8 @@ from rich.console import Console
 from apps.llumnix.client import Client, ServerError
 from apps.llumnix.config import LlumnixConfig
 from apps.llumnix.history import short_names
-from apps.llumnix.replay import (
-    Load,
-    ReplayProgress,
-    ReplayResult,
-    choose_prompts,
-    context_of,
-    prepare_trace,
-    run_replay,
-)
+from apps.llumnix.records import ReplayResult
+from apps.llumnix.replay import Load, ReplayProgress, choose_prompts, context_of, run_replay
 from apps.llumnix.trace import Trace, fit_lengths, generate_trace, read_trace, scale_lengths, slice_trace
 from apps.program.errors import UserError
 
@@ -48,11 +41,11 @@ class DemoSettings:
     """Moves of the chat's request while it streams."""
     trace: str = "../shared/data/traces/azure_2023_conv.csv"
     """CSV of real arrivals, relative to the repository; where it is missing a trace is generated."""
-    start: int = 0
-    """Requests of the trace to skip."""
-    seconds: float = 60.0
+    start: int = 2000
+    """Requests of the trace to skip: what follows comes at a steady mean rate, with bursts."""
+    seconds: float = 45.0
     """Length of the arrivals in each arm."""
-    load: float = 0.9
+    load: float = 0.8
     """Arrival rate as a share of what the instances were measured to serve; the trace's clock is set by it."""
     max_requests: int = 600
     length_scale: float = 0.25
@@ -83,15 +76,17 @@ def demo(config: DemoConfig) -> None:
     began = time.monotonic()
     console = Console(highlight=False)
     settings = config.demo
-    sizes = {"kv_memory_mib": settings.kv_memory_mib, "max_batched_tokens": settings.max_batched_tokens}
-    config = config.model_copy(update={"engine": dataclasses.replace(config.engine, **sizes)})
+    engine = dataclasses.replace(
+        config.engine, kv_memory_mib=settings.kv_memory_mib, max_batched_tokens=settings.max_batched_tokens
+    )
+    config = config.model_copy(update={"engine": engine})
     if config.instances.count < 2:
         raise UserError("The demo moves a request between instances: it needs instances.count of at least 2.")
     folder = new_run_folder("llumnix", config=config)
     console.rule("[bold]1  Serve", align="left")
+    service = ExitStack()
     with waiting(console, f"starting Ray and {config.instances.count} instances of {config.model_name}"):
-        service = running_service(config)
-        url = service.__enter__()
+        url = service.enter_context(running_service(config))
     try:
         with Client(url) as client:
             instances = wait_for_instances(client, config.instances.count)
@@ -104,7 +99,7 @@ def demo(config: DemoConfig) -> None:
             audit = client.audit()
     finally:
         with waiting(console, "ending the instances"):
-            service.__exit__(None, None, None)
+            service.close()
     extra = {"chat": talk, "audit": audit, "model": config.engine.model, "dtype": config.engine.dtype}
     title = "Llumnix: requests that move while they are served"
     page = write_report(folder, results, title=title, transcript=talk["transcript"], extra=extra)

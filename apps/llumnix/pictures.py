@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from apps.llumnix.history import Stay, short_names
-from apps.llumnix.replay import ReplayResult
+from apps.llumnix.records import ReplayResult
 from apps.program.report import PALETTE, new_figure
 
 # Instances and arms never share a colour, so that a colour has one meaning in a report.

@@ -7,7 +7,7 @@ from typing import Any
 
 from apps.llumnix.history import short_names
 from apps.llumnix.pictures import downtime_figure, latency_figure, load_figure, residence_figure
-from apps.llumnix.replay import ReplayResult, Summary
+from apps.llumnix.records import ReplayResult, Summary
 from apps.program.report import Report, print_table
 from apps.program.run_folder import RunFolder
 

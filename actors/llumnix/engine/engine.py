@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 MAX_FENCES = 8192
 """Ended requests whose epoch is remembered, so that what was on its way in when they ended is refused."""
+EVERY_EPOCH = (1 << 63) - 1
+"""Above every epoch that a scheduler issues (integers throughout: a float would round epochs of nanoseconds)."""
 STEP_WINDOW = 33
 """Decode steps in the moving median."""
 
@@ -80,8 +82,8 @@ class Engine(MigrationHooks):
         self.num_steps = 0
         self._sequences: dict[str, Sequence] = {}
         self._detached: dict[str, Sequence] = {}
-        self._fences: OrderedDict[str, float] = OrderedDict()
-        """Request -> newest epoch that was ended here (infinite: all of them)."""
+        self._fences: OrderedDict[str, int] = OrderedDict()
+        """Request -> newest epoch that was ended here."""
         self._chunks: list[TokenChunk] = []
         """Made between steps."""
         self._builder = BatchBuilder(config.max_batched_tokens, self.scheduler.max_num_seqs, self.max_blocks)
@@ -133,7 +135,7 @@ class Engine(MigrationHooks):
         request under a newer one. Without, every epoch is ended and a last chunk says ``abort``. Either way what still
         arrives under an epoch ended here (``add_request``, ``attach``, ``reattach``) is refused.
         """
-        seq = self._end(request_id, float("inf") if up_to_epoch is None else float(up_to_epoch))
+        seq = self._end(request_id, EVERY_EPOCH if up_to_epoch is None else up_to_epoch)
         if seq is not None and up_to_epoch is None and seq.state is not SequenceState.DETACHED:
             self._chunks.append(self._chunk(seq, (), "", "abort"))
         return seq is not None
@@ -142,10 +144,10 @@ class Engine(MigrationHooks):
         """End all requests of an ingress that is gone, without last chunks; returns how many there were."""
         mine = self.requests(ingress_id)
         for request_id in mine:
-            self._end(request_id, float("inf"))
+            self._end(request_id, EVERY_EPOCH)
         return len(mine)
 
-    def _end(self, request_id: str, epoch: float) -> Sequence | None:
+    def _end(self, request_id: str, epoch: int) -> Sequence | None:
         """Fence ``epoch`` and older; the sequence that was ended by it, if any."""
         self._fences[request_id] = max(epoch, self._fences.pop(request_id, -1))
         if len(self._fences) > MAX_FENCES:

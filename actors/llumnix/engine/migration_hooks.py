@@ -51,7 +51,7 @@ class MigrationHooks:
     eos_token_ids: frozenset[int]
     _sequences: dict[str, Sequence]
     _detached: dict[str, Sequence]
-    _fences: OrderedDict[str, float]
+    _fences: OrderedDict[str, int]
     _chunks: list[TokenChunk]
 
     # ---- source ----------------------------------------------------------------------------------------------------

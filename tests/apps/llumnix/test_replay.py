@@ -12,7 +12,8 @@ import pytest
 
 from apps.llumnix.client import ServerError
 from apps.llumnix.prompts import TextPrompts, TokenPrompts
-from apps.llumnix.replay import Load, ReplayResult, Spread, prepare_trace, run_replay
+from apps.llumnix.records import ReplayResult, Spread
+from apps.llumnix.replay import Load, prepare_trace, run_replay
 from apps.llumnix.trace import Arrival, Trace, TraceError, generate_trace, scale_lengths
 from apps.program.errors import UserError
 from tests.apps.llumnix.fake_server import FakeServer, serving

@@ -12,7 +12,7 @@ import pytest
 
 from apps.llumnix.history import History, Migration, Sample, Stay, Totals, parse_history
 from apps.llumnix.pictures import downtime_figure, latency_figure, load_figure, residence_figure
-from apps.llumnix.replay import ReplayResult, RequestRecord
+from apps.llumnix.records import ReplayResult, RequestRecord
 from apps.llumnix.report import count_rows, latency_rows, print_summaries, write_report
 from apps.program.run_folder import new_run_folder
 

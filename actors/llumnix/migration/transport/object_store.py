@@ -113,10 +113,14 @@ class ObjectStoreTransport:
 
 
 def _free(refs: list[Any]) -> None:
-    """The one use of a private part of Ray here; without it the objects stay until this process ends."""
-    try:
-        from ray._private.internal_api import free
+    """Undo the reference that Ray adds for good when a reference is pickled outside of a task's arguments.
 
-        free(refs)
+    The one use of a private part of Ray here; should a new Ray move it, the objects stay until this process ends.
+    """
+    try:
+        from ray._private.worker import global_worker
+
+        for ref in refs:
+            global_worker.core_worker.remove_object_ref_reference(ref)  # type: ignore[attr-defined]
     except Exception as error:  # A moved function, or a cluster that is going down.
         log.warning("Ray's object store could not free %d objects: %s", len(refs), error)

@@ -343,3 +343,13 @@ def test_chunks_carry_what_the_ingress_needs():
     assert (first.epoch, first.index, first.ingress_id, first.prompt_tokens) == (5, 0, "ingress", 19)
     assert first.logprobs is not None and first.logprobs[0].token_id == first.token_ids[0]
     assert first.time > 0
+
+
+def test_neighbouring_epochs_of_nanoseconds_are_told_apart():
+    engine, epoch = make_engine(), 1_795_000_000_123_456_789
+    engine.abort("late", epoch - 1)
+    engine.add_request(make_request("late", [1, 2], epoch=epoch))
+    assert engine.requests() == ("late",)
+    engine.abort("late", epoch)
+    with pytest.raises(RequestError, match="aborted before it arrived"):
+        engine.add_request(make_request("late", [1, 2], epoch=epoch))

@@ -7,10 +7,11 @@ import pickle
 import pytest
 import torch
 
+from actors.llumnix.migration.transport import object_store
 from actors.llumnix.migration.transport.base import TransportError
 from actors.llumnix.migration.transport.object_store import ObjectStoreTransport
 
-BLOCKS, BLOCK_BYTES = 12, 4096
+BLOCKS, BLOCK_BYTES = 12, 100_000
 
 
 def contents(seed: int) -> torch.Tensor:
@@ -36,7 +37,7 @@ class Source:
 
 
 @pytest.mark.cluster
-def test_bytes_go_through_the_object_store(ray_local) -> None:
+def test_bytes_go_through_the_object_store(ray_local, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     source = ray.remote(Source).options(num_cpus=0).remote()
@@ -53,9 +54,10 @@ def test_bytes_go_through_the_object_store(ray_local) -> None:
     want[dst] = contents(1)[src]
     assert torch.equal(blocks, want)
     ray.get(source.revoke.remote(packed))
-    ray.get(
-        source.revoke.remote(packed)
-    )  # Twice is harmless. What was offered was a copy, so a late reader does no harm.
+    ray.get(source.revoke.remote(packed))  # Twice is harmless.
+    monkeypatch.setattr(object_store, "GET_TIMEOUT_S", 3.0)
+    with pytest.raises(TransportError):  # The store's memory was given back.
+        transport.fetch(offer, dst)
     with pytest.raises(TransportError, match="outside the pool"):
         transport.fetch(offer, [BLOCKS] * len(src))
     ray.kill(source)
