@@ -10,7 +10,7 @@ import asyncio
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from actors.llumnix.engine.loading import load_tokenizer
 from actors.llumnix.engine.request import SamplingParams
 from actors.llumnix.migration.config import MigrationReport
 from apps.llumnix.prompts import TextPrompts
+from apps.program.report import PALETTE, new_figure
 from benchmarks.harness import Benchmark, Samples, Target, print_rows
 from benchmarks.llumnix.fleet import Fleet, Stream
 from benchmarks.llumnix.workload import Case, logprob_difference, make_cases, mismatches, with_stop_string
@@ -52,7 +53,8 @@ def main() -> int:
             asyncio.run(exactness(bench))
         if only in (None, "downtime", "bystanders"):
             asyncio.run(timing(bench, only))
-    print_rows("Details", bench.rows)
+    for part in dict.fromkeys(row["part"] for row in bench.rows):
+        print_rows(part, [{k: v for k, v in row.items() if k != "part"} for row in bench.rows if row["part"] == part])
     return bench.finish()
 
 
@@ -66,7 +68,7 @@ def engine_config(bench: Benchmark, **changes: Any) -> EngineConfig:
 
 async def exactness(bench: Benchmark) -> None:
     """Every case alone and unmigrated, then many at once while they hop; nothing may differ."""
-    count, output = (100, 28) if bench.quick else (1000, 40)
+    count, output = (100, 22) if bench.quick else (1000, 40)
     bench.say(f"starting 3 instances ({bench.arguments.dtype})")
     async with Fleet(engine_config(bench, kv_memory_mib=256, max_num_seqs=16), 3) as fleet:
         plain = make_cases(count, output, TextPrompts(load_tokenizer(EMBEDDED_MODEL)))
@@ -125,8 +127,8 @@ async def run_alone(fleet: Fleet, cases: Sequence[Case], bench: Benchmark) -> li
 
 
 async def run_hopping(fleet: Fleet, cases: Sequence[Case], bench: Benchmark) -> tuple[list[Stream], dict[str, int]]:
-    """All cases, 18 at a time, each moved on as soon as the last move ended; also the migrations that did not commit."""
-    room = asyncio.Semaphore(18)
+    """All cases, 4 an instance at a time, each moved on as soon as the last move ended; also the migrations that did not commit."""
+    room = asyncio.Semaphore(4 * fleet.count)  # an instance sends 4 migrations out at once and takes 4 in
     failed: dict[str, int] = {}
     ended = 0
 
@@ -184,19 +186,28 @@ def sampling(max_tokens: int) -> SamplingParams:
 
 async def downtimes(fleet: Fleet, bench: Benchmark) -> None:
     """Pause of the migrated request per context, free and busy destination; stop-and-recompute at the longest."""
-    hops = 10 if bench.quick else 40
-    pause: dict[int, float] = {}
-    over_step: dict[int, float] = {}
+    hops = 12 if bench.quick else 40
+    measured: dict[str, Pauses] = {}
+    pauses: dict[int, list[float]] = {}
+    step_ms: dict[int, float] = {}
     recompute_ms = float("nan")
-    for context in CONTEXTS:
+    for number, context in enumerate(
+        (*CONTEXTS, CONTEXTS[0])
+    ):  # the shortest again, so that a drift shows and evens out
         longest = context == CONTEXTS[-1]
         bench.say(f"pause at {context} tokens, free destination: {hops} hops" + (", then recompute" if longest else ""))
         live, recompute = await measure_pauses(fleet, context, hops, (1 if bench.quick else 5) if longest else 0)
-        bench.row(part="pause", what=f"{context} tokens, free destination", **live.cells())
-        pause[context], over_step[context] = live.pause_ms, live.pause_ms / live.step_ms
+        bench.row(
+            part="pause", what=f"{context}, free" + (" (again)" if number == len(CONTEXTS) else ""), **live.cells()
+        )
+        measured[f"{context:,}" + ("\nagain" if number == len(CONTEXTS) else "")] = live
+        pauses[context] = [*pauses.get(context, ()), *live.values]
+        step_ms[context] = min(step_ms.get(context, live.step_ms), live.step_ms)
         if recompute is not None:
-            bench.row(part="pause", what=f"{context} tokens, stop and recompute", **recompute.cells())
+            bench.row(part="pause", what=f"{context}, recompute", **recompute.cells())
             recompute_ms = recompute.pause_ms
+    pause = {context: statistics.median(values) for context, values in pauses.items()}
+    over_step = {context: pause[context] / step_ms[context] for context in CONTEXTS}
     bench.figure("downtime_over_step_p50", max(over_step.values()))
     bench.figure("downtime_slope", pause[CONTEXTS[-1]] / pause[CONTEXTS[0]])
     bench.figure("recompute_over_migration_4096", recompute_ms / pause[CONTEXTS[-1]])
@@ -206,10 +217,31 @@ async def downtimes(fleet: Fleet, bench: Benchmark) -> None:
     for stream in others:
         await stream.wait_for(2)
     live, _ = await measure_pauses(fleet, 1024, hops)
-    bench.row(part="pause", what="1024 tokens, both instances serve 4 others", **live.cells())
+    bench.row(part="pause", what="1024, busy", **live.cells())
+    measured["1,024\nbusy"] = live
     bench.figure("downtime_over_step_p50_busy", live.pause_ms / live.step_ms)
     for stream in others:
         await fleet.abort(stream)
+    draw_pauses(bench, measured)
+
+
+def draw_pauses(bench: Benchmark, measured: Mapping[str, Pauses]) -> None:
+    """Every pause as a dot over its context, beside the decode step it is measured against."""
+    figure, axis = new_figure(7.0, 3.8)
+    rng = np.random.default_rng(0)
+    for place, one in enumerate(measured.values()):
+        spread = place + rng.uniform(-0.12, 0.12, len(one.values))
+        dots = axis.plot(spread, np.maximum(one.values, 0.1), "o", ms=4, alpha=0.6, color=PALETTE[0], mew=0)[0]
+        median = axis.hlines(one.pause_ms, place - 0.25, place + 0.25, color=PALETTE[0], lw=2.5)
+        step = axis.hlines(one.step_ms, place - 0.25, place + 0.25, color=PALETTE[3], lw=2.5, ls="--")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_xticks(range(len(measured)), list(measured))
+    axis.set_xlabel("context (tokens); busy: both instances serve 4 others")
+    axis.set_ylabel("time (ms)")
+    names = ["pause of one migration", "median pause", "median decode step"]
+    figure.legend([dots, median, step], names, loc="outside upper right", ncols=3, frameon=False)
+    bench.picture(figure, "pauses")
 
 
 class Pauses:
@@ -223,7 +255,8 @@ class Pauses:
         self.pause_ms = statistics.median(self.values)
 
     def cells(self) -> dict[str, Any]:
-        """A row of details; ``send``, ``copy``, ``attach`` are the parts of the handover."""
+        """A row of details, medians but for ``max_ms``; ``migrator_ms`` is the pause as the migrator reports it, ``send``,
+        ``copy`` and ``attach`` its parts: from the source's last step to COMMIT's arrival, to the last byte, to the running set."""
 
         def parts(name: str, since: str) -> float:
             values = [(getattr(one, name) - getattr(one, since)) * 1e3 for one in self.reports]
@@ -231,15 +264,15 @@ class Pauses:
 
         return {
             "count": len(self.values),
-            "pause_p50_ms": self.pause_ms,
-            "pause_max_ms": max(self.values),
-            "step_p50_ms": self.step_ms,
+            "pause_ms": self.pause_ms,
+            "max_ms": max(self.values),
+            "step_ms": self.step_ms,
             "over_step": self.pause_ms / self.step_ms,
-            "migrator_p50_ms": statistics.median(one.downtime_ms for one in self.reports),
+            "migrator_ms": statistics.median(one.downtime_ms for one in self.reports),
             "send_ms": parts("received_at", "detached_at"),
             "copy_ms": parts("copied_at", "received_at"),
             "attach_ms": parts("attached_at", "copied_at"),
-            "moved_mib": statistics.median(one.bytes / 2**20 for one in self.reports),
+            "mib": statistics.median(one.bytes / 2**20 for one in self.reports),
             "stages": statistics.median(one.stages for one in self.reports),
         }
 
@@ -275,7 +308,7 @@ async def measure_pauses(fleet: Fleet, context: int, hops: int, recomputes: int 
 
 async def bystanders(fleet: Fleet, bench: Benchmark) -> None:
     """Decode steps of 4 requests an instance in alternating phases: two more requests swap places all the time, or stay."""
-    rounds, phase_s = (4, 2.5) if bench.quick else (12, 5.0)
+    rounds, phase_s = (3, 2.5) if bench.quick else (12, 5.0)
     bench.say(f"bystanders: {2 * rounds} phases of {phase_s} s")
     watched = [await fleet.add(f"watched-{i}", random_prompt(256, 70 + i), sampling(4000), i % 2) for i in range(8)]
     movers = [await fleet.add(f"mover-{i}", random_prompt(1024, 90 + i), sampling(4000), i) for i in range(2)]
@@ -302,11 +335,13 @@ async def bystanders(fleet: Fleet, bench: Benchmark) -> None:
     bench.figure("bystander_slowdown", ratio.median)
     bench.row(
         part="bystanders",
-        what="median step, 5 requests an instance, two of 1,024 tokens swap",
-        count=moves,
-        step_p50_ms=statistics.median(medians["still"]),
-        moving_step_p50_ms=statistics.median(medians["moving"]),
-        note=f"ratio {ratio}; of means {of_means}; {moves / (rounds * phase_s):.1f} moves/s",
+        what="5 requests each",
+        moves=moves,
+        step_ms=statistics.median(medians["still"]),
+        moving_step_ms=statistics.median(medians["moving"]),
+        ratio=str(ratio),
+        ratio_of_means=str(of_means),
+        moves_per_s=moves / (rounds * phase_s),
     )
 
 

@@ -38,7 +38,7 @@ class Case:
 
 
 def make_cases(count: int, output_tokens: int, prompts: Prompts, seed: int = 0) -> list[Case]:
-    """``count`` cases, the kinds in turn; prompts have 12 to 160 tokens, a third of them behind one common beginning of 64
+    """``count`` cases, the kinds in turn; prompts have 12 to 99 tokens, a third of them behind one common beginning of 64
     tokens (prefix cache hits)."""
     rng = np.random.Generator(np.random.Philox(seed))
     common = tuple(prompts.make(count, 64))
@@ -46,7 +46,7 @@ def make_cases(count: int, output_tokens: int, prompts: Prompts, seed: int = 0) 
     cases = []
     for index in range(count):
         kind = kinds[index % len(kinds)]
-        own = tuple(prompts.make(index, int(rng.integers(12, 160))))
+        own = tuple(prompts.make(index, int(rng.integers(12, 100))))
         sampling = dataclasses.replace(
             KINDS[kind], seed=seed * 1_000_003 + index, max_tokens=output_tokens, logprobs=(2, 0, 5)[index % 3]
         )

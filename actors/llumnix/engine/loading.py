@@ -19,6 +19,7 @@ from actors.llumnix.engine.model import BLOCK_SIZE, Model, TorchRunner
 from actors.llumnix.engine.model_config import ModelConfig, ModelLoadError
 from actors.llumnix.engine.model_torch import TorchDecoder
 from actors.llumnix.engine.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from actors.llumnix.engine.weights.equalise import EqualisedSource
 from actors.llumnix.engine.weights.gguf import GgufFile, GgufSource, read_config
 from actors.llumnix.engine.weights.huggingface import HuggingFaceSource, find_folder
 from actors.llumnix.engine.weights.huggingface import read_config as read_folder_config
@@ -139,6 +140,8 @@ def _wants_cpp(config: EngineConfig, model_config: ModelConfig) -> bool:
 def build_model(source: WeightSource, config: EngineConfig, device: torch.device) -> Model:
     """Reads the weights into the form that ``config`` and ``device`` ask for. ModelLoadError."""
     c = source.config
+    if config.dtype == "int8":
+        source = EqualisedSource(source)
     max_len = min(config.max_model_len, c.max_position_embeddings)
     common = f"{config.dtype}/kv-{config.kv_dtype}/{source.fingerprint[:16]}/{c.architecture}"
     if device.type == "cuda":

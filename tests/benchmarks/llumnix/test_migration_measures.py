@@ -87,7 +87,7 @@ def test_pauses_by_hand() -> None:
     pauses = Pauses(times, reports, step_ms=20.0)
     assert pauses.values == pytest.approx([5.0, 7.0])
     cells = pauses.cells()
-    assert cells["pause_p50_ms"] == pytest.approx(6.0)
+    assert cells["pause_ms"] == pytest.approx(6.0)
     assert cells["over_step"] == pytest.approx(0.3)
     assert (cells["send_ms"], cells["copy_ms"], cells["attach_ms"]) == pytest.approx((1.0, 2.0, 1.0))
     assert handovers(np.asarray(times), [report(0.2)]) == []  # it ended before the destination made a token

@@ -224,9 +224,7 @@ class HuggingFaceSource:
             return weight_map
         if single.exists():
             return dict.fromkeys(self._file(single.name).keys(), single.name)
-        raise ModelLoadError(
-            f"{self.path} has no weights: neither model.safetensors nor model.safetensors.index.json"
-        )
+        raise ModelLoadError(f"{self.path} has no weights: neither model.safetensors nor model.safetensors.index.json")
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

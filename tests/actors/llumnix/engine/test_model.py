@@ -10,6 +10,9 @@ import torch
 from actors.llumnix.engine import model_cpp
 from actors.llumnix.engine.config import EngineConfig
 from actors.llumnix.engine.loading import ModelLoadError, build_model
+from actors.llumnix.engine.model import TorchRunner
+from actors.llumnix.engine.model_torch import TorchDecoder
+from actors.llumnix.engine.weights.equalise import EqualisedSource
 from actors.llumnix.engine.weights.huggingface import HuggingFaceSource
 from tests.actors.llumnix.engine.model_tools import blocks_for, make_batch
 from tests.actors.llumnix.engine.test_huggingface import config_for, save
@@ -95,3 +98,28 @@ def test_numerics_of_equal_settings_are_equal(source):
     first, second = (build_model(source, config_for(source.path), CPU) for _ in range(2))
     assert first.numerics == second.numerics
     assert EngineConfig().dtype in build_model(source, config_for(source.path, dtype="bf16"), CPU).numerics
+
+
+def test_equalised_weights_compute_the_same_and_quantise_better(tmp_path):
+    """A norm with outlier channels: the fp32 model keeps its bits, the int8 one comes nearer to it."""
+    model = save(tmp_path, "Llama", {})
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[:3] *= 60
+            layer.input_layernorm.weight[5] = 0  # No channel to balance: it must stay as it is.
+            for matrix in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                matrix.weight[:, :3] /= 60
+    model.save_pretrained(tmp_path)
+    source = HuggingFaceSource(tmp_path)
+    tokens = list(range(3, 50))
+
+    def logits(weights, dtype):
+        decoder = TorchDecoder(source.config, weights, dtype, CPU, 64)
+        kv = torch.zeros(4, 2, 2, 2, 256)
+        return TorchRunner(decoder).run(make_batch([(tokens, 0, blocks_for(47))], all_rows=True), kv)
+
+    exact = logits(source, "fp32")
+    # A power of two moves through a product unrounded.
+    assert torch.equal(logits(EqualisedSource(source), "fp32"), exact)
+    plain, equalised = ((logits(w, "int8") - exact).norm() for w in (source, EqualisedSource(source)))
+    assert equalised < 0.8 * plain

@@ -70,6 +70,7 @@ import torch
 from actors.llumnix.engine.config import EngineConfig
 from actors.llumnix.engine.loading import build_model
 from actors.llumnix.engine.model_cuda import CudaRunner
+from actors.llumnix.engine.weights.equalise import EqualisedSource
 from actors.llumnix.engine.weights.huggingface import HuggingFaceSource
 from pathlib import Path
 from tests.actors.llumnix.engine.model_tools import make_batch
@@ -82,7 +83,7 @@ for settings in sys.argv[2:]:
     config = EngineConfig(
         dtype=dtype, kv_dtype=kv_dtype, device="cpu", kernels="torch", max_num_seqs=4, deterministic=mode == "fixed"
     )
-    runner = CudaRunner(source, config, cpu, 64)
+    runner = CudaRunner(EqualisedSource(source) if dtype == "int8" else source, config, cpu, 64)  # As build_model does.
     oracle = build_model(source, config, cpu)
     kv, expected_kv = oracle.new_kv(8), oracle.new_kv(8)
     table, other = [7, 2], [4]

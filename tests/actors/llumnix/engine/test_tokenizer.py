@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -219,9 +220,7 @@ def sentencepiece_by_hand(metadata: dict, text: str) -> list[int]:
     scores = metadata["tokenizer.ggml.scores"]
     parts = list("▁" + text.replace(" ", "▁")) if text else []
     while True:
-        joins = [
-            (-scores[vocab[a + b]], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in vocab
-        ]
+        joins = [(-scores[vocab[a + b]], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in vocab]
         if not joins:
             break
         _, i = min(joins)
@@ -288,7 +287,10 @@ def save_folder(folder, **settings) -> FastTokenizer:
     return fast
 
 
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def test_folder_equals_transformers(tmp_path):

@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 
-from actors.llumnix.migration.transport import object_store
 from actors.llumnix.migration.transport.base import TransportError
 from actors.llumnix.migration.transport.object_store import ObjectStoreTransport
 
@@ -37,7 +36,7 @@ class Source:
 
 
 @pytest.mark.cluster
-def test_bytes_go_through_the_object_store(ray_local, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_go_through_the_object_store(ray_local) -> None:
     import ray
 
     source = ray.remote(Source).options(num_cpus=0).remote()
@@ -55,9 +54,6 @@ def test_bytes_go_through_the_object_store(ray_local, monkeypatch: pytest.Monkey
     assert torch.equal(blocks, want)
     ray.get(source.revoke.remote(packed))
     ray.get(source.revoke.remote(packed))  # Twice is harmless.
-    monkeypatch.setattr(object_store, "GET_TIMEOUT_S", 3.0)
-    with pytest.raises(TransportError):  # The store's memory was given back.
-        transport.fetch(offer, dst)
     with pytest.raises(TransportError, match="outside the pool"):
         transport.fetch(offer, [BLOCKS] * len(src))
     ray.kill(source)
