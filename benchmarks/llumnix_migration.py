@@ -127,7 +127,7 @@ async def run_alone(fleet: Fleet, cases: Sequence[Case], bench: Benchmark) -> li
 
 
 async def run_hopping(fleet: Fleet, cases: Sequence[Case], bench: Benchmark) -> tuple[list[Stream], dict[str, int]]:
-    """All cases, 4 an instance at a time, each moved on as soon as the last move ended; also the migrations that did not commit."""
+    """All cases, 4 an instance at a time, each moved on as soon as its last move ended; also the moves that did not commit."""
     room = asyncio.Semaphore(4 * fleet.count)  # an instance sends 4 migrations out at once and takes 4 in
     failed: dict[str, int] = {}
     ended = 0
@@ -256,7 +256,7 @@ class Pauses:
 
     def cells(self) -> dict[str, Any]:
         """A row of details, medians but for ``max_ms``; ``migrator_ms`` is the pause as the migrator reports it, ``send``,
-        ``copy`` and ``attach`` its parts: from the source's last step to COMMIT's arrival, to the last byte, to the running set."""
+        ``copy`` and ``attach`` its parts: from the source's last step to COMMIT's arrival, the last byte, the running set."""
 
         def parts(name: str, since: str) -> float:
             values = [(getattr(one, name) - getattr(one, since)) * 1e3 for one in self.reports]

@@ -45,12 +45,12 @@ class DemoSettings:
     """Requests of the trace to skip: what follows comes at a steady mean rate, with bursts."""
     seconds: float = 45.0
     """Length of the arrivals in each arm."""
-    load: float = 0.8
+    load: float = 1.0
     """Arrival rate as a share of what the instances were measured to serve; the trace's clock is set by it."""
     max_requests: int = 600
     length_scale: float = 0.25
     """Prompts and outputs are so many times as long as in the trace: its GPUs were faster than two cores."""
-    kv_memory_mib: int = 96
+    kv_memory_mib: int = 64
     """KV memory of each instance; replaces engine.kv_memory_mib. Small, so that memory is what requests wait for."""
     max_batched_tokens: int = 96
     """Replaces engine.max_batched_tokens: short prefill chunks, because a moved request waits for the step under way."""
@@ -253,8 +253,9 @@ class _Mover:
         return "?"
 
     def _move(self, request_id: str) -> None:
-        """A move each time a further share of the answer has come; a refusal is noted, not fatal."""
-        share = self._settings.answer_tokens / (self._settings.hops + 1)
+        """A move each time a further share of the answer has come; a refusal is noted, not fatal. Shares leave a margin: the
+        model may end its answer before ``answer_tokens``."""
+        share = 0.7 * self._settings.answer_tokens / (self._settings.hops + 1)
         with Client(self._client.url) as client:
             while len(self.moves) < self._settings.hops and not self._ended.is_set():
                 if self._received < share * (len(self.moves) + 1):
@@ -280,7 +281,7 @@ class _Mover:
 # ---- the replay
 
 
-CALIBRATION_REQUESTS = 24
+CALIBRATION_REQUESTS = 32
 
 
 def demo_trace(console: Console, config: DemoConfig, url: str) -> Trace:

@@ -50,15 +50,15 @@ def load_figure(results: Sequence[ReplayResult]) -> Figure:
                 times = [sample.at_s - result.started_at for sample in samples]
                 axis.plot(times, [value(s) for s in samples], color=colors[name], label=labels[name],
                           lw=1.6, drawstyle="steps-post")  # fmt: skip
-            axis.set_ylim(bottom=0, top=103 if row == 0 else None)
             if column == 0:
                 axis.set_ylabel(title)
         axes[0][column].set_title(result.name, loc="left", fontsize=11)
         axes[2][column].set_xlabel("time since the first arrival (s)")
     axes[0][0].set_xlim(0, _end_s(results))
-    for axis in axes[1:].flat:  # counts, and an empty queue must show as a line on the ground, not as noise
-        axis.set_ylim(0, max(1.0, axis.get_ylim()[1] * 1.05))
-        axis.yaxis.get_major_locator().set_params(integer=True)
+    axes[0][0].set_ylim(0, 103)
+    for row in (1, 2):  # only now: a limit set on one axis would stop the shared ones from growing with their data
+        axes[row][0].set_ylim(0, max(1.0, 1.05 * max(axis.dataLim.y1 for axis in axes[row])))
+        axes[row][0].yaxis.get_major_locator().set_params(integer=True)
     handles, texts = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside upper right", frameon=False, ncols=len(names))
     return figure

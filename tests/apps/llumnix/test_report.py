@@ -29,7 +29,7 @@ def result(name: str, slow: float, moved: bool) -> ReplayResult:
         for i in range(8)
     )  # fmt: skip
     samples = tuple(
-        Sample(T0 + 0.25 * step, f"long-name-{i}", 10 * step, 100, step % 4, i, 1.0, 20.0, 0)
+        Sample(T0 + 0.25 * step, f"long-name-{i}", 10 * step, 100, step % 4, i * (5 if moved else 1), 1.0, 20.0, 0)
         for step in range(9) for i in range(2)
     )  # fmt: skip
     stays = [Stay(f"r{i}", "long-name-0", T0 + 0.5 * i, T0 + 0.5 * i + slow, "dispatch") for i in range(8)]
@@ -115,6 +115,8 @@ def test_pictures_draw_the_data() -> None:
     blocks = load.axes[0].get_lines()[1]
     assert list(blocks.get_xdata()) == pytest.approx([0.25 * step for step in range(9)])
     assert list(blocks.get_ydata()) == pytest.approx([10.0 * step for step in range(9)])
+    for axis in load.axes:  # nothing is cut off, in no column
+        assert axis.get_ylim()[1] >= max(max(line.get_ydata(), default=0) for line in axis.get_lines())
     cdf = latency_figure(arms).axes[2].get_lines()[0]
     assert cdf.get_ydata()[-1] == 100
     assert len(cdf.get_xdata()) == 8  # seven answered requests, and the step up from zero
