@@ -1,9 +1,9 @@
 """Compiles the C++ kernels once and loads them: the only place that knows a compiler. ``python -m kernels.build`` compiles all.
 
 A folder ``kernels/<op>/csrc`` with ``*.cpp`` files is the extension ``<op>``; its ops appear under ``torch.ops.sextant``. A
-library lies in the user's cache folder (``SEXTANT_CACHE`` overrides) under a key of sources, headers, flags, torch and
-compiler, so that nothing is ever rebuilt in vain or loaded stale. No ``-march``: each kernel chooses its instruction set
-when it runs, so one library serves a mixed cluster.
+library lies in the user's cache folder (``SEXTANT_CACHE`` overrides) under a key of its sources, the headers that they
+include, flags, torch and compiler, so that nothing is ever rebuilt in vain or loaded stale. No ``-march``: each kernel chooses
+its instruction set when it runs, so one library serves a mixed cluster, and a node without a compiler that shares the cache.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -85,27 +89,31 @@ def cache_folder() -> Path:
 
 
 def _library(name: str) -> Path:
-    """Path of the compiled library, compiled now if it is not there."""
+    """Path of the compiled library, compiled now if it is not there. BuildError says why it cannot be."""
     if sys.platform != "linux":
         raise BuildError(f"the C++ kernels are built on Linux only, this is {sys.platform}")
     sources = sorted((ROOT / name / "csrc").glob("*.cpp"))
-    path = cache_folder() / f"{name}-{_key(sources)}.so"
+    folder, key, command = cache_folder(), _key(sources), compiler()
+    if command is None:
+        # Compiled elsewhere from the same sources: which compiler it was does not matter then.
+        found = max(folder.glob(f"{name}-{key}-*.so"), key=lambda path: path.stat().st_mtime, default=None)
+        if found is None:
+            raise BuildError(f"there is no C++ compiler; {INSTALL_HINT}")
+        return found
+    path = folder / f"{name}-{key}-{_digest([_compiler_version(command).encode()])[:8]}.so"
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            _compile(sources, path)
+            _compile(command, sources, path)
     return path
 
 
-def _compile(sources: list[Path], path: Path) -> None:
+def _compile(command: str, sources: list[Path], path: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    command = compiler()
-    if command is None:
-        raise BuildError(f"there is no C++ compiler; {INSTALL_HINT}")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         arguments = [command, *COMPILE_FLAGS, *_defines(), f"-I{ROOT}"]
@@ -126,39 +134,64 @@ def _defines() -> list[str]:
 
 
 @functools.cache
-def _compiler_version(command: str | None) -> str:
-    if command is None:
-        return "none"
+def _compiler_version(command: str) -> str:
     return subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout.split("\n", 1)[0]
 
 
-@functools.cache
-def _headers_digest() -> bytes:
+def _with_headers(sources: list[Path]) -> list[Path]:
+    """The sources and all our headers that they reach, by the names in quotes (a kernel may include another's header)."""
+    found, todo = set(sources), list(sources)
+    while todo:
+        path = todo.pop()
+        for quoted in re.findall(r'"([\w./]+\.h)"', path.read_text()):
+            for header in (path.parent / quoted, ROOT / quoted):
+                if header.is_file() and header.resolve() not in found:
+                    found.add(header.resolve())
+                    todo.append(header.resolve())
+    return sorted(found)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(ROOT.glob("*/csrc/*.h")):  # a kernel may include another's header
-        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    return digest.digest()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
 def _key(sources: list[Path]) -> str:
-    digest = hashlib.sha256(_headers_digest())
-    for path in sources:
-        digest.update(path.name.encode() + path.read_bytes())
-    facts = (torch.__version__, platform.machine(), _compiler_version(compiler()), COMPILE_FLAGS)
-    digest.update(repr(facts).encode())
-    return digest.hexdigest()[:20]
+    facts = repr((torch.__version__, platform.machine(), COMPILE_FLAGS)).encode()
+    files = [part for path in _with_headers(sources) for part in (path.name.encode(), path.read_bytes())]
+    return _digest([facts, *files])[:20]
 
 
 def main() -> int:
-    """Compile all; 0 also without a compiler, because torch code then runs instead."""
+    """Compile all, as many at once as there are cores; 0 also without a compiler, because torch code then runs instead."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    failed = []
-    for number, name in enumerate(names(), start=1):
-        print(f"kernel {number}/{len(names())}: {name} ... ", end="", flush=True)
-        print("ready" if load(name) else "not available", flush=True)
-        failed += [] if load(name) else [name]
-    if failed:
-        print(f"Without {', '.join(failed)} slower torch code runs, not bit-exact across batches; {INSTALL_HINT}.")
+    every = names()
+
+    def build(name: str) -> tuple[str, float, str | None]:
+        start = time.monotonic()
+        try:
+            _library(name)
+        except (BuildError, OSError) as error:
+            return name, time.monotonic() - start, str(error)
+        return name, time.monotonic() - start, None
+
+    print(f"{len(every)} C++ kernels (the first time this takes about a minute): {', '.join(every)}", flush=True)
+    missing, problems = [], set()
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for number, future in enumerate(as_completed([pool.submit(build, name) for name in every]), start=1):
+            name, seconds, problem = future.result()
+            ready = problem is None and load(name)  # load warns of a library that does not fit this machine
+            print(
+                f"  {number}/{len(every)} {name}: {f'ready, {seconds:.1f} s' if ready else 'not available'}", flush=True
+            )
+            if problem is not None and problem not in problems:  # the same for all when there is no compiler
+                print(f"      {problem}", flush=True)
+            problems.add(problem)
+            missing += [] if ready else [name]
+    if missing:
+        print(f"Without {', '.join(sorted(missing))} slower torch code runs, which is not bit-exact across batches.")
     return 0
 
 

@@ -75,9 +75,17 @@ def pack(weight: torch.Tensor, dtype: Kind) -> PackedLinear:
     else:
         stored = weight.to(torch.float32 if dtype == "fp32" else torch.bfloat16)
     stored = F.pad(stored, (0, -k % step, 0, -n % PANEL))
-    blocked = stored.view(-1, PANEL, stored.shape[1] // step, step).permute(0, 2, 1, 3).contiguous()
-    data = blocked.squeeze(-1) if step == 1 else blocked
-    return PackedLinear(dtype, n, k, data, scales, offsets)
+    blocked = stored.view(-1, PANEL, stored.shape[1] // step, step).permute(0, 2, 1, 3)
+    data = _weight_memory(blocked.shape, blocked.dtype).copy_(blocked)
+    return PackedLinear(dtype, n, k, data.squeeze(-1) if step == 1 else data, scales, offsets)
+
+
+def _weight_memory(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a packed weight: in huge pages, which a decode step streams half again as fast, where there is C++."""
+    nbytes = shape.numel() * dtype.itemsize
+    if nbytes == 0 or not _cpp():
+        return torch.empty(shape, dtype=dtype)
+    return torch.ops.sextant.weight_memory(nbytes).view(dtype).view(shape)
 
 
 def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -99,5 +107,10 @@ def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = No
 
 
 def numerics(dtype: Kind) -> str:
-    """Names what decides the bits of a result here: equal names, equal bits."""
+    """Names what decides the bits of a result on this machine, e.g. ``bf16-dp-fma``: equal names, equal bits.
+
+    ``dp`` is AVX512-BF16's instruction, ``amx`` that of AMX tiles; the last word says whether this machine's kernels, attention
+    and norms included, round a multiply and an add once (``fma``) or twice (``muladd``). The environment variable
+    ``SEXTANT_LINEAR_ISA`` (avx2, avx512, avx512_bf16 or amx) holds a newer CPU to an older one's bits.
+    """
     return torch.ops.sextant.linear_numerics(KINDS.index(dtype)) if _cpp() else f"torch-{dtype}"

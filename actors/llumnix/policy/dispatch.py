@@ -67,7 +67,12 @@ def admitted(load: InstanceLoad) -> InstanceLoad:
 
 
 class Llumnix:
-    """To the freest instance; of equals the one with fewer requests, then the smaller id."""
+    """To the freest instance that could start the request now; of equals the one with fewer requests, then the smaller id.
+
+    Where no instance could, the paper's freeness no longer tells them apart well: of a queue it counts the head alone, so a
+    small head with a long queue behind it looks freer than a large head with none. The request would wait for the whole
+    queue; it goes where least is waiting beyond what is free.
+    """
 
     name = "llumnix"
 
@@ -77,8 +82,12 @@ class Llumnix:
     def choose(self, loads: Sequence[InstanceLoad], request: Placeable) -> str:
         """See the class."""
 
-        def rank(load: InstanceLoad) -> tuple[float, int, str]:
-            return -freeness(admitted(load), self._headroom), len(load.running) + len(load.waiting), load.instance_id
+        def rank(load: InstanceLoad) -> tuple[bool, float, int, str]:
+            settled = admitted(load)
+            missing = demand(request, load.block_size) + sum(r.blocks for r in settled.waiting) - settled.free_blocks
+            blocked = bool(settled.waiting) or missing > 0
+            order = missing if blocked else -freeness(settled, self._headroom)
+            return blocked, order, len(load.running) + len(load.waiting), load.instance_id
 
         return min(candidates(loads, request), key=rank).instance_id
 

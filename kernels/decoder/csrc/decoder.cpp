@@ -1,7 +1,8 @@
 // Torch class over decoder.h: sextant.Decoder holds the weights, and the op sextant::decoder_forward runs one batch.
 #include "decoder/csrc/decoder.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 

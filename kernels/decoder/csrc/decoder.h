@@ -1,18 +1,25 @@
 // The whole decoder stack of a Llama-shaped model on the CPU: embedding to logits in one call, composed from the headers of
 // linear, elementwise and paged_attention. Composing the single ops gives the same bits; one call saves their overhead and
-// releases Python's lock for the whole step.
+// releases Python's lock for the whole step. The threads are started once a step and walk through it together (team.h).
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <vector>
 
+#include <sys/mman.h>
+
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 
+#include "decoder/csrc/attention_work.h"
+#include "decoder/csrc/team.h"
 #include "elementwise/csrc/elementwise.h"
 #include "linear/csrc/linear.h"
 #include "paged_attention/csrc/paged_attention.h"
@@ -49,22 +56,29 @@ struct DecoderBatch {
   int64_t num_logits_rows;
 };
 
+// Scratch memory that lives as long as the stack and only grows; in huge pages when it is large.
 class AlignedBuffer {
  public:
   template <typename T>
   T* get(int64_t count) {
-    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 4095) / 4096 * 4096;
+    const int64_t wanted = count * static_cast<int64_t>(sizeof(T));
+    const int64_t alignment = wanted >= kHugePage ? kHugePage : 4096;
+    const int64_t bytes = (wanted + alignment - 1) / alignment * alignment;
     if (bytes > size_) {
       data_.reset();
       size_ = 0;
-      data_.reset(static_cast<char*>(std::aligned_alloc(4096, bytes)));
+      data_.reset(static_cast<char*>(std::aligned_alloc(alignment, bytes)));
       if (!data_) throw std::bad_alloc();
       size_ = bytes;
+#ifdef MADV_HUGEPAGE
+      if (alignment == kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);
+#endif
     }
     return reinterpret_cast<T*>(data_.get());
   }
 
  private:
+  static constexpr int64_t kHugePage = int64_t{2} << 20;
   struct Free {
     void operator()(char* p) const { std::free(p); }
   };
@@ -86,38 +100,72 @@ class DecoderStack {
   // `layer_stride` and `block_stride` its strides in elements.
   template <typename KV>
   void forward(const DecoderBatch& batch, KV* kv, int64_t block_stride, int64_t layer_stride, float* logits) {
-    std::lock_guard<std::mutex> guard(mutex_);  // the scratch memory belongs to one step at a time
+    const std::lock_guard<std::mutex> guard(mutex_);  // the scratch memory belongs to one step at a time
+    const Scratch s = scratch(batch);
     const int64_t tokens = batch.tokens, hidden = shape.hidden, dim = shape.head_dim;
     const int64_t q_size = shape.heads * dim, kv_size = shape.kv_heads * dim, qkv_size = q_size + 2 * kv_size;
-    float* h = h_.get<float>(tokens * hidden);
-    float* qkv = qkv_.get<float>(tokens * qkv_size);
-    float* attention = attention_.get<float>(tokens * q_size);
-    float* gate_up = gate_up_.get<float>(tokens * 2 * shape.ffn);
-    const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-
-    for (int64_t t = 0; t < tokens; ++t) embed(batch.token_ids[t], h + t * hidden);
-    for (int64_t l = 0; l < shape.layers; ++l) {
-      const DecoderLayer& layer = layers[l];
-      KV* pool = kv + l * layer_stride;
-      normed_linear(layer.qkv, h, hidden, tokens, layer.attention_norm, qkv, layer.qkv_bias, false);
-      rotate(layer, batch, qkv, qkv_size);
-      write_kv(qkv + q_size, qkv_size, qkv + q_size + kv_size, qkv_size, pool, block_stride, batch.block_table,
-               batch.table_stride, batch.query_start, batch.context_len, batch.sequences, shape.kv_heads, dim);
-      paged_attention(qkv, qkv_size, attention, q_size, static_cast<const KV*>(pool), block_stride, batch.block_table,
-                      batch.table_stride, batch.query_start, batch.context_len, batch.sequences, shape.heads,
-                      shape.kv_heads, dim, scale);
-      plain_linear(layer.out, attention, q_size, tokens, h);
-      normed_linear(layer.gate_up, h, hidden, tokens, layer.ffn_norm, gate_up, nullptr, false);
-      gated_linear(layer.down, gate_up, tokens, h);
-    }
-    const int64_t rows = batch.num_logits_rows;
-    float* last = last_.get<float>(rows * hidden);
-    for (int64_t r = 0; r < rows; ++r)
-      std::memcpy(last + r * hidden, h + batch.logits_rows[r] * hidden, static_cast<size_t>(hidden) * 4);
-    normed_linear(lm_head, last, hidden, rows, final_norm, logits, nullptr, false);
+    AttentionWork attention(batch.query_start, batch.context_len, batch.sequences, shape.heads, shape.kv_heads, dim,
+                            Team::size());
+    Team::run([&](Team::Member& member) {
+      member.spread(tokens, [&](int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; ++t) embed(batch.token_ids[t], s.h + t * hidden);
+      });
+      for (int64_t l = 0; l < shape.layers; ++l) {
+        const DecoderLayer& layer = layers[l];
+        KV* pool = kv + l * layer_stride;
+        const auto norm_with = [&](const float* weight) {
+          return [&, weight](int64_t t, float* to) { rms_norm_row(s.h + t * hidden, weight, hidden, shape.rms_eps, to); };
+        };
+        linear(member, layer.qkv, s, tokens, s.qkv, layer.qkv_bias, false, norm_with(layer.attention_norm));
+        member.spread(tokens, [&](int64_t first, int64_t last) {
+          for (int64_t t = first; t < last; ++t) {
+            float* row = s.qkv + t * qkv_size;
+            rotate(layer, batch.positions[t], row);
+            const int32_t one[] = {0, 1}, context = batch.positions[t] + 1;
+            write_kv(row + q_size, qkv_size, row + q_size + kv_size, qkv_size, pool, block_stride,
+                     batch.block_table + sequence_of_[t] * batch.table_stride, batch.table_stride, one, &context, 1,
+                     shape.kv_heads, dim);
+          }
+        });
+        attention.run(member, problem(batch, s, static_cast<const KV*>(pool), block_stride));
+        prepared_linear(member, layer.out, s, s.attention, tokens, s.h);
+        linear(member, layer.gate_up, s, tokens, s.gate_up, nullptr, false, norm_with(layer.ffn_norm));
+        linear(member, layer.down, s, tokens, s.h, nullptr, true, [&](int64_t t, float* to) {
+          const float* gate = s.gate_up + t * 2 * shape.ffn;
+          silu_mul_row(gate, gate + shape.ffn, shape.ffn, to);
+        });
+      }
+      linear(member, lm_head, s, batch.num_logits_rows, logits, nullptr, false, [&](int64_t r, float* to) {
+        rms_norm_row(s.h + batch.logits_rows[r] * hidden, final_norm, hidden, shape.rms_eps, to);
+      });
+    });
   }
 
  private:
+  struct Scratch {
+    float *h, *qkv, *attention, *gate_up, *rows, *scales;
+    char* prepared;
+  };
+
+  // Everything a step writes to, made before its threads begin.
+  Scratch scratch(const DecoderBatch& batch) {
+    const int64_t tokens = batch.tokens, rows = std::max(tokens, batch.num_logits_rows);
+    const int64_t q_size = shape.heads * shape.head_dim, kv_size = shape.kv_heads * shape.head_dim;
+    int64_t stride = prepared_stride(lm_head);
+    for (const PackedLinear* w : {&layers[0].qkv, &layers[0].out, &layers[0].gate_up, &layers[0].down})
+      stride = std::max(stride, prepared_stride(*w));
+    sequence_of_.resize(tokens);
+    for (int64_t q = 0; q < batch.sequences; ++q)
+      std::fill(sequence_of_.begin() + batch.query_start[q], sequence_of_.begin() + batch.query_start[q + 1], q);
+    return {h_.get<float>(tokens * shape.hidden),
+            qkv_.get<float>(tokens * (q_size + 2 * kv_size)),
+            attention_.get<float>(tokens * q_size),
+            gate_up_.get<float>(tokens * 2 * shape.ffn),
+            rows_.get<float>(rows * std::max({shape.hidden, q_size, shape.ffn})),
+            scales_.get<float>(rows),
+            prepared_.get<char>(rows * stride)};
+  }
+
   void embed(int64_t token, float* out) const {
     if (embedding_f32) {
       std::memcpy(out, embedding_f32 + token * shape.hidden, static_cast<size_t>(shape.hidden) * 4);
@@ -127,58 +175,65 @@ class DecoderStack {
     }
   }
 
-  // Applies `make(row, destination)` (fp32 row of w.k values) to every row, prepares it for `w`, and multiplies.
+  // y = rows W^T (+ bias) (+ y), where make(r, to) writes row r's w.k inputs.
   template <typename Make>
-  void linear_of(const PackedLinear& w, int64_t rows, float* y, const float* bias, bool accumulate, const Make& make) {
+  static void linear(Team::Member& member, const PackedLinear& w, const Scratch& s, int64_t rows, float* y,
+                     const float* bias, bool accumulate, const Make& make) {
     const int64_t stride = prepared_stride(w);
-    float* normed = normed_.get<float>(rows * w.k);
-    float* scales = scales_.get<float>(rows);
-    char* prepared = stride > 0 ? prepared_.get<char>(rows * stride) : reinterpret_cast<char*>(normed);
-    at::parallel_for(0, rows, 8, [&](int64_t first, int64_t last) {
+    member.spread(rows, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
-        float* row = normed + r * w.k;
+        float* row = s.rows + r * w.k;
         make(r, row);
-        if (stride > 0) scales[r] = prepare_row(w, row, prepared + r * stride);
+        if (stride > 0) s.scales[r] = prepare_row(w, row, s.prepared + r * stride);
       }
     });
-    linear_prepared(w, prepared, stride > 0 ? stride : w.k * 4, scales, rows, y, w.n, bias, accumulate);
+    multiply(member, w, s, stride > 0 ? static_cast<const void*>(s.prepared) : s.rows, rows, y, bias, accumulate);
   }
 
-  void normed_linear(const PackedLinear& w, const float* x, int64_t n, int64_t rows, const float* norm, float* y,
-                     const float* bias, bool accumulate) {
-    linear_of(w, rows, y, bias, accumulate,
-              [&](int64_t r, float* to) { rms_norm_row(x + r * n, norm, n, shape.rms_eps, to); });
+  // y += x W^T
+  static void prepared_linear(Team::Member& member, const PackedLinear& w, const Scratch& s, const float* x, int64_t rows,
+                              float* y) {
+    const int64_t stride = prepared_stride(w);
+    if (stride > 0)
+      member.spread(rows, [&](int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; ++r) s.scales[r] = prepare_row(w, x + r * w.k, s.prepared + r * stride);
+      });
+    multiply(member, w, s, stride > 0 ? static_cast<const void*>(s.prepared) : x, rows, y, nullptr, true);
   }
 
-  void plain_linear(const PackedLinear& w, const float* x, int64_t n, int64_t rows, float* y) {
-    linear_of(w, rows, y, nullptr, true,
-              [&](int64_t r, float* to) { std::memcpy(to, x + r * n, static_cast<size_t>(n) * 4); });
+  static void multiply(Team::Member& member, const PackedLinear& w, const Scratch& s, const void* x, int64_t rows, float* y,
+                       const float* bias, bool accumulate) {
+    const int64_t stride = prepared_stride(w);
+    const LinearWork work{&w, x, stride > 0 ? stride : w.k * 4, s.scales, rows, y, w.n, bias, accumulate};
+    member.spread(rows > 0 ? w.panels() : 0, [&](int64_t first, int64_t last) { work.run(first, last); });
   }
 
-  void gated_linear(const PackedLinear& w, const float* gate_up, int64_t rows, float* y) {
-    const int64_t n = shape.ffn;
-    linear_of(w, rows, y, nullptr, true, [&](int64_t r, float* to) {
-      silu_mul_row(gate_up + r * 2 * n, gate_up + r * 2 * n + n, n, to);
-    });
+  template <typename KV>
+  auto problem(const DecoderBatch& b, const Scratch& s, const KV* pool, int64_t block_stride) const {
+    namespace detail = paged_attention_detail;
+    using Raw = std::remove_cv_t<std::remove_pointer_t<decltype(detail::raw(pool))>>;
+    const int64_t q_size = shape.heads * shape.head_dim, qkv_size = q_size + 2 * shape.kv_heads * shape.head_dim;
+    return detail::Problem<Raw>{s.qkv,          qkv_size,       s.attention,   q_size,        detail::raw(pool),
+                                block_stride,   b.block_table,  b.table_stride, b.query_start, b.context_len,
+                                b.sequences,    shape.heads,    shape.kv_heads, shape.head_dim,
+                                1.0f / std::sqrt(static_cast<float>(shape.head_dim)), detail::loops<Raw>()};
   }
 
-  void rotate(const DecoderLayer& layer, const DecoderBatch& batch, float* qkv, int64_t row_size) const {
+  // Query and key heads of one token's row, normed where the model does so, turned by its position.
+  void rotate(const DecoderLayer& layer, int32_t position, float* row) const {
     const int64_t dim = shape.head_dim;
-    at::parallel_for(0, batch.tokens, 8, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) {
-        const float* cosine = rope_table + batch.positions[t] * dim;
-        for (int64_t head = 0; head < shape.heads + shape.kv_heads; ++head) {
-          float* x = qkv + t * row_size + head * dim;
-          const float* norm = head < shape.heads ? layer.q_norm : layer.k_norm;
-          if (norm) rms_norm_row(x, norm, dim, shape.rms_eps, x);
-          rope_head(x, cosine, cosine + dim / 2, dim, shape.rope_interleaved);
-        }
-      }
-    });
+    const float* cosine = rope_table + position * dim;
+    for (int64_t head = 0; head < shape.heads + shape.kv_heads; ++head) {
+      float* x = row + head * dim;
+      const float* norm = head < shape.heads ? layer.q_norm : layer.k_norm;
+      if (norm) rms_norm_row(x, norm, dim, shape.rms_eps, x);
+      rope_head(x, cosine, cosine + dim / 2, dim, shape.rope_interleaved);
+    }
   }
 
   std::mutex mutex_;
-  AlignedBuffer h_, qkv_, attention_, gate_up_, last_, normed_, scales_, prepared_;
+  std::vector<int64_t> sequence_of_;  // of each token
+  AlignedBuffer h_, qkv_, attention_, gate_up_, rows_, scales_, prepared_;
 };
 
 }  // namespace sextant

@@ -1,8 +1,9 @@
 // Torch ops over elementwise.h: sextant::rms_norm, sextant::silu_mul, sextant::rope for CPU tensors, parallel over rows.
 #include "elementwise/csrc/elementwise.h"
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 namespace {

@@ -1,7 +1,9 @@
-// Torch op over linear.h: sextant::packed_linear for CPU tensors.
+// Torch ops over linear.h: sextant::packed_linear for CPU tensors, and the memory that packed weights lie in.
 #include "linear/csrc/linear.h"
+#include "linear/csrc/weight_memory.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -48,8 +50,16 @@ at::Tensor packed_linear(const at::Tensor& x, int64_t kind, int64_t n, const at:
   } else {
     stride = w.k * 4;
   }
-  sextant::linear_prepared(w, prepared, stride, row_scales.data(), m, y.data_ptr<float>(), n,
-                           bias ? b.data_ptr<float>() : nullptr, false);
+  const sextant::LinearWork work{&w,
+                                 prepared,
+                                 stride,
+                                 row_scales.data(),
+                                 m,
+                                 y.data_ptr<float>(),
+                                 n,
+                                 bias ? b.data_ptr<float>() : nullptr,
+                                 false};
+  at::parallel_for(0, w.panels(), 1, [&](int64_t first, int64_t last) { work.run(first, last); });
   return y;
 }
 
@@ -61,6 +71,7 @@ TORCH_LIBRARY_FRAGMENT(sextant, m) {
   m.def("packed_linear(Tensor x, int kind, int n, Tensor data, Tensor scales, Tensor offsets, Tensor? bias) -> Tensor");
   m.def("linear_numerics(int kind) -> str", &numerics);
   m.def("linear_set_level(int level) -> int", &sextant::linear_detail::set_level);  // for tests; negative asks
+  m.def("weight_memory(int bytes) -> Tensor", &sextant::weight_memory);
 }
 
 TORCH_LIBRARY_IMPL(sextant, CPU, m) { m.impl("packed_linear", &packed_linear); }

@@ -4,12 +4,15 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <string>
+#include <utility>
 
 #include <ATen/Parallel.h>
 
+#include "linear/csrc/linear_amx.h"
 #include "linear/csrc/linear_x86.h"
 #include "paged_attention/csrc/cpu_isa.h"
 
@@ -47,20 +50,47 @@ namespace {
 
 using PanelFn = void (*)(const void*, int64_t, const void*, int64_t, void*);
 
-// 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with its BF16 and VNNI instructions where the CPU has them. Tests lower it.
+// Instruction sets, each with those below it. kSoftTiles runs the AMX path over tiles in plain C++, for tests.
+enum Level : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Dot = 3, kAmx = 4, kSoftTiles = 5 };
+
+// What SEXTANT_LINEAR_ISA allows. Hosts of a mixed cluster that are held to the same one give bf16 the same bits.
+inline int allowed_level() {
+  const char* wanted = std::getenv("SEXTANT_LINEAR_ISA");
+  if (wanted == nullptr || *wanted == 0) return kAmx;
+  const std::pair<const char*, Level> names[] = {
+      {"avx2", kAvx2}, {"avx512", kAvx512}, {"avx512_bf16", kAvx512Dot}, {"amx", kAmx}};
+  for (const auto& [name, level] : names)
+    if (std::strcmp(wanted, name) == 0) return level;
+  TORCH_WARN("SEXTANT_LINEAR_ISA=", wanted, " is none of avx2, avx512, avx512_bf16, amx, and is ignored.");
+  return kAmx;
+}
+inline int best_level() {
+  static const int best = [] {
+    const int allowed = allowed_level();
+    if (vec::best_isa() != vec::Isa::kAvx512) return std::min(allowed, static_cast<int>(vec::best_isa()));
+    if (allowed >= kAmx && amx_usable()) return static_cast<int>(kAmx);
+    return std::min(allowed, static_cast<int>(kAvx512Dot));
+  }();
+  return best;
+}
 inline std::atomic<int>& level_in_use() {
-  static std::atomic<int> level{vec::best_isa() == vec::Isa::kAvx512 ? 3 : static_cast<int>(vec::best_isa())};
+  static std::atomic<int> level{best_level()};
   return level;
 }
+// Lowers it for tests; negative asks. Returns what is in use.
 inline int64_t set_level(int64_t level) {
-  static const int best = level_in_use().load();
-  if (level >= 0) level_in_use() = static_cast<int>(std::min<int64_t>(level, best));
+  if (level == kSoftTiles) {
+    level_in_use() = kSoftTiles;
+  } else if (level >= 0) {
+    level_in_use() = static_cast<int>(std::min<int64_t>(level, best_level()));
+  }
   return level_in_use();
 }
+inline bool use_amx() { return level_in_use() >= kAmx; }
 inline bool use_bf16_instruction() {
 #ifdef SEXTANT_VEC_X86
   static const bool has = __builtin_cpu_supports("avx512bf16");
-  return has && level_in_use() >= 3;
+  return has && level_in_use() >= kAvx512Dot;
 #else
   return false;
 #endif
@@ -68,10 +98,24 @@ inline bool use_bf16_instruction() {
 inline bool use_vnni() {
 #ifdef SEXTANT_VEC_X86
   static const bool has = __builtin_cpu_supports("avx512vnni");
-  return has && level_in_use() >= 3;
+  return has && level_in_use() >= kAvx512Dot;
 #else
   return false;
 #endif
+}
+// Whether a multiply and an add round once in all kernels here (x86 without FMA: twice).
+inline bool fused_multiply_add() {
+#ifdef __FP_FAST_FMAF
+  return true;
+#else
+  return level_in_use() > kPortable;
+#endif
+}
+// Bytes of one prepared activation.
+inline int64_t element_bytes(LinearKind kind) {
+  if (kind == LinearKind::kF32) return 4;
+  if (kind == LinearKind::kInt8) return 1;
+  return use_amx() || use_bf16_instruction() ? 2 : 4;
 }
 
 struct Path {
@@ -80,6 +124,10 @@ struct Path {
 };
 
 inline Path path_of(LinearKind kind) {
+  if (kind == LinearKind::kBf16 && level_in_use() == kSoftTiles) return {TableAmx<SoftTiles>::table.panels, kAmxRows};
+#ifdef SEXTANT_AMX
+  if (kind == LinearKind::kBf16 && use_amx()) return {TableAmx<AmxTiles>::table.panels, kAmxRows};
+#endif
 #ifdef SEXTANT_VEC_X86
   if (kind == LinearKind::kBf16 && use_bf16_instruction()) return {TableX86::dpbf16, 12};
   if (kind == LinearKind::kInt8 && use_vnni()) return {TableX86::vnni, 12};
@@ -88,17 +136,19 @@ inline Path path_of(LinearKind kind) {
     return Path{kind == LinearKind::kF32 ? f32 : kind == LinearKind::kBf16 ? bf16 : int8, rows};
   };
 #ifdef SEXTANT_VEC_X86
-  if (level_in_use() >= 2) return choose(avx512::Table::f32, avx512::Table::bf16, avx512::Table::int8, avx512::kTileRows);
-  if (level_in_use() == 1) return choose(avx2::Table::f32, avx2::Table::bf16, avx2::Table::int8, avx2::kTileRows);
+  if (vec::best_isa() == vec::Isa::kAvx512 && level_in_use() >= kAvx512)
+    return choose(avx512::Table::f32, avx512::Table::bf16, avx512::Table::int8, avx512::kTileRows);
+  if (vec::best_isa() >= vec::Isa::kAvx2 && level_in_use() >= kAvx2)
+    return choose(avx2::Table::f32, avx2::Table::bf16, avx2::Table::int8, avx2::kTileRows);
 #endif
   return choose(portable::Table::f32, portable::Table::bf16, portable::Table::int8, portable::kTileRows);
 }
 
 #ifdef SEXTANT_VEC_X86
-#define SEXTANT_LINEAR_CALL(function, ...)                              \
-  (level_in_use() >= 2   ? avx512::function(__VA_ARGS__)                \
-   : level_in_use() == 1 ? avx2::function(__VA_ARGS__)                  \
-                         : portable::function(__VA_ARGS__))
+#define SEXTANT_LINEAR_CALL(function, ...)                                                                  \
+  (vec::best_isa() == vec::Isa::kAvx512 && level_in_use() >= kAvx512 ? avx512::function(__VA_ARGS__)        \
+   : vec::best_isa() >= vec::Isa::kAvx2 && level_in_use() >= kAvx2   ? avx2::function(__VA_ARGS__)          \
+                                                                     : portable::function(__VA_ARGS__))
 #else
 #define SEXTANT_LINEAR_CALL(function, ...) portable::function(__VA_ARGS__)
 #endif
@@ -106,76 +156,87 @@ inline Path path_of(LinearKind kind) {
 }  // namespace
 }  // namespace linear_detail
 
-// Names what decides the bits of a result of this kind on this CPU now.
+// Names what decides the bits of a result of this kind on this CPU now: of the products, and (last word) of every other kernel.
 inline std::string linear_numerics(LinearKind kind) {
-  if (kind == LinearKind::kInt8) return "int8-exact";
-  if (kind == LinearKind::kF32) return "fp32-fma";
-  return linear_detail::use_bf16_instruction() ? "bf16-dp" : "bf16-fma";
+  using namespace linear_detail;
+  const std::string rounding = fused_multiply_add() ? "fma" : "muladd";
+  if (kind == LinearKind::kInt8) return "int8-exact-" + rounding;
+  if (kind == LinearKind::kF32) return "fp32-" + rounding;
+  return (use_amx() ? "bf16-amx-" : use_bf16_instruction() ? "bf16-dp-" : "bf16-") + rounding;
 }
 
 // Bytes between prepared rows of `k` inputs; 0: the fp32 rows are used as they are.
 inline int64_t prepared_stride(const PackedLinear& w) {
   if (w.kind == LinearKind::kF32) return 0;
-  const int64_t element = w.kind == LinearKind::kInt8 ? 1 : linear_detail::use_bf16_instruction() ? 2 : 4;
-  return (w.padded_k() * element + 63) / 64 * 64;
+  return (w.padded_k() * linear_detail::element_bytes(w.kind) + 63) / 64 * 64;
 }
 
-// One row of activations as the panels want it; returns its scale (1 but for int8).
+// One row of activations as the panels want it, up to prepared_stride; returns its scale (1 but for int8).
 inline float prepare_row(const PackedLinear& w, const float* x, void* out) {
   using namespace linear_detail;
-  const int64_t pad = w.padded_k() - w.k;
   if (w.kind == LinearKind::kInt8) {
     auto* row = static_cast<uint8_t*>(out);
-    for (int64_t j = 0; j < pad; ++j) row[w.k + j] = 128;
+    for (int64_t j = w.k; j < w.padded_k(); ++j) row[j] = 128;
     return SEXTANT_LINEAR_CALL(row_to_int8, x, w.k, row);
   }
-  if (use_bf16_instruction()) {
-    auto* row = static_cast<uint16_t*>(out);
-    for (int64_t j = 0; j < pad; ++j) row[w.k + j] = 0;
-    SEXTANT_LINEAR_CALL(row_to_bf16, x, w.k, row);
+  const int64_t element = element_bytes(w.kind);
+  const int64_t end = prepared_stride(w);  // AMX reads a row in steps of 64 bytes
+  std::memset(static_cast<char*>(out) + w.k * element, 0, static_cast<size_t>(end - w.k * element));
+  if (element == 2) {
+    SEXTANT_LINEAR_CALL(row_to_bf16, x, w.k, static_cast<uint16_t*>(out));
   } else {
-    auto* row = static_cast<float*>(out);
-    for (int64_t j = 0; j < pad; ++j) row[w.k + j] = 0.0f;
-    SEXTANT_LINEAR_CALL(row_to_bf16_floats, x, w.k, row);
+    SEXTANT_LINEAR_CALL(row_to_bf16_floats, x, w.k, static_cast<float*>(out));
   }
   return 1.0f;
 }
 
-// y[rows][n] from prepared rows (fp32: from x with `stride` bytes between rows). Parallel over panels.
-inline void linear_prepared(const PackedLinear& w, const void* x, int64_t stride, const float* row_scales, int64_t rows,
-                            float* y, int64_t ys, const float* bias, bool accumulate) {
-  using namespace linear_detail;
-  const Path path = path_of(w.kind);
-  const int64_t k = w.padded_k(), panel_bytes = w.panel_bytes();
-  const int64_t element = w.kind == LinearKind::kF32 ? 4 : w.kind == LinearKind::kInt8 ? 1 : use_bf16_instruction() ? 2 : 4;
-  const int64_t xs = stride / element;
-  // A block of rows stays in the second-level cache while the panels pass by it.
-  const int64_t fit = std::max<int64_t>(1, (int64_t{320} << 10) / std::max<int64_t>(stride, 1) / path.tile_rows);
-  const int64_t block_rows = fit * path.tile_rows;
-  at::parallel_for(0, w.panels(), 1, [&](int64_t first, int64_t last) {
-    alignas(64) float acc[12 * kPanel];
+// y[rows][n] from prepared rows (fp32: from x itself), `stride` bytes apart. `ys` floats lie between rows of y.
+struct LinearWork {
+  const PackedLinear* w;
+  const void* x;
+  int64_t stride;
+  const float* row_scales;
+  int64_t rows;
+  float* y;
+  int64_t ys;
+  const float* bias;
+  bool accumulate;
+
+  // Panels first ... last - 1, all rows.
+  void run(int64_t first, int64_t last) const {
+    using namespace linear_detail;
+    const Path path = path_of(w->kind);
+    const int64_t k = w->padded_k(), panel_bytes = w->panel_bytes();
+    const int64_t xs = stride / element_bytes(w->kind);
+    // A block of rows stays in the second-level cache while the panels pass by it.
+    const int64_t fit = std::max<int64_t>(1, (int64_t{320} << 10) / std::max<int64_t>(stride, 1) / path.tile_rows);
+    const int64_t block_rows = fit * path.tile_rows;
+    alignas(64) float acc[kAmxRows * kPanel];
     for (int64_t begin = 0; begin < rows; begin += block_rows) {
       const int64_t end = std::min(begin + block_rows, rows);
       const int64_t tiles = (end - begin + path.tile_rows - 1) / path.tile_rows;
       for (int64_t p = first; p < last; ++p) {
-        const char* panel = w.data + p * panel_bytes;
-        const int columns = static_cast<int>(std::min<int64_t>(kPanel, w.n - p * kPanel));
+        const char* panel = w->data + p * panel_bytes;
+        const int columns = static_cast<int>(std::min<int64_t>(kPanel, w->n - p * kPanel));
         const float* panel_bias = bias ? bias + p * kPanel : nullptr;
         int64_t row = begin;
         for (int64_t t = 0; t < tiles; ++t) {  // tiles of equal height: 16 rows are 8 + 8, not 12 + 4
           const int height = static_cast<int>((end - row + (tiles - t) - 1) / (tiles - t));
           path.tiles[height](static_cast<const char*>(x) + row * stride, xs, panel, k, acc);
           float* to = y + row * ys + p * kPanel;
-          if (w.kind == LinearKind::kInt8)
+          if (w->kind == LinearKind::kInt8)
             SEXTANT_LINEAR_CALL(finish_int8, reinterpret_cast<const int32_t*>(acc), height, columns, to, ys, panel_bias,
-                                accumulate, row_scales + row, w.scales + p * kPanel, w.offsets + p * kPanel);
+                                accumulate, row_scales + row, w->scales + p * kPanel, w->offsets + p * kPanel);
           else
             SEXTANT_LINEAR_CALL(finish_f32, acc, height, columns, to, ys, panel_bias, accumulate);
           row += height;
         }
       }
     }
-  });
-}
+#ifdef SEXTANT_AMX
+    if (w->kind == LinearKind::kBf16 && level_in_use() == kAmx) AmxTiles::release();
+#endif
+  }
+};
 
 }  // namespace sextant

@@ -3,6 +3,8 @@
 // chain over k in ascending order, so rows, tiles and threads cannot change its bits.
 #include "paged_attention/csrc/vector_isa.h"
 
+SEXTANT_VEC_INLINE vi load_int(const int32_t* p) { return reinterpret_cast<vi>(load(reinterpret_cast<const float*>(p))); }
+
 // out[r][c] = sum_k x[r][k] * w[k][c] for R rows and the NV * W columns from `w` on.
 template <int R, int NV>
 SEXTANT_VEC_INLINE void tile_f32(const float* x, int64_t xs, const float* w, int64_t k, float* out) {
@@ -15,7 +17,10 @@ SEXTANT_VEC_INLINE void tile_f32(const float* x, int64_t xs, const float* w, int
     vf weight[NV];
 #pragma GCC unroll 8
     for (int i = 0; i < NV; ++i) weight[i] = load(w + j * 32 + i * W);
-    if (R == 1) __builtin_prefetch(w + j * 32 + 512);
+    if (R == 1) {
+      __builtin_prefetch(w + j * 32 + 1024);
+      __builtin_prefetch(w + j * 32 + 1024 + 16);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vf value = splat(x[r * xs + j]);
@@ -109,24 +114,40 @@ inline void panel_int8(const void* x, int64_t xs, const void* w, int64_t k, void
 
 constexpr int kTileRows = SEXTANT_VEC_REGS >= 24 ? 12 : 6;
 
-// y[r][0 ... n) = scale * acc (+ bias) (+ y): the end of a panel for `rows` rows.
+// y[r][0 ... n) = sums (+ bias) (+ y): the end of a panel for `rows` rows. A whole panel goes in vectors.
 inline void finish_f32(const float* acc, int rows, int n, float* y, int64_t ys, const float* bias, bool accumulate) {
   for (int r = 0; r < rows; ++r) {
     const float* from = acc + r * 32;
     float* to = y + r * ys;
-    for (int c = 0; c < n; ++c) {
+    int c = 0;
+    if (n == 32)
+      for (; c < 32; c += W) {
+        vf value = load(from + c);
+        if (bias) value += load(bias + c);
+        store(to + c, accumulate ? load(to + c) + value : value);
+      }
+    for (; c < n; ++c) {
       float value = from[c];
       if (bias) value += bias[c];
       to[c] = accumulate ? to[c] + value : value;
     }
   }
 }
+// The same for exact integer sums of unsigned activations: y = (sum - offset) * (row scale * column scale) (+ bias) (+ y).
 inline void finish_int8(const int32_t* acc, int rows, int n, float* y, int64_t ys, const float* bias, bool accumulate,
                         const float* row_scales, const float* column_scales, const int32_t* offsets) {
   for (int r = 0; r < rows; ++r) {
     const int32_t* from = acc + r * 32;
     float* to = y + r * ys;
-    for (int c = 0; c < n; ++c) {
+    int c = 0;
+    if (n == 32)
+      for (; c < 32; c += W) {
+        const vi sum = load_int(from + c) - load_int(offsets + c);
+        vf value = __builtin_convertvector(sum, vf) * (row_scales[r] * load(column_scales + c));
+        if (bias) value += load(bias + c);
+        store(to + c, accumulate ? load(to + c) + value : value);
+      }
+    for (; c < n; ++c) {
       float value = static_cast<float>(from[c] - offsets[c]) * (row_scales[r] * column_scales[c]);
       if (bias) value += bias[c];
       to[c] = accumulate ? to[c] + value : value;

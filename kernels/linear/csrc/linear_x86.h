@@ -10,8 +10,13 @@
 namespace sextant::linear_detail {
 namespace {
 
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma")
+#endif
 
 template <int R>
 inline void panel_dpbf16(const void* x_, int64_t xs, const void* w_, int64_t k, void* out_) {
@@ -25,8 +30,8 @@ inline void panel_dpbf16(const void* x_, int64_t xs, const void* w_, int64_t k, 
     const __m512bh low = (__m512bh)_mm512_loadu_si512(w + j * 128);
     const __m512bh high = (__m512bh)_mm512_loadu_si512(w + j * 128 + 64);
     if (R == 1) {
-      _mm_prefetch(w + j * 128 + 2048, _MM_HINT_T0);
-      _mm_prefetch(w + j * 128 + 2048 + 64, _MM_HINT_T0);
+      _mm_prefetch(w + j * 128 + 4096, _MM_HINT_T0);
+      _mm_prefetch(w + j * 128 + 4096 + 64, _MM_HINT_T0);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -56,8 +61,8 @@ inline void panel_vnni(const void* x_, int64_t xs, const void* w_, int64_t k, vo
     const __m512i low = _mm512_loadu_si512(w + j * 128);
     const __m512i high = _mm512_loadu_si512(w + j * 128 + 64);
     if (R == 1) {
-      _mm_prefetch(w + j * 128 + 2048, _MM_HINT_T0);
-      _mm_prefetch(w + j * 128 + 2048 + 64, _MM_HINT_T0);
+      _mm_prefetch(w + j * 128 + 4096, _MM_HINT_T0);
+      _mm_prefetch(w + j * 128 + 4096 + 64, _MM_HINT_T0);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -75,7 +80,11 @@ inline void panel_vnni(const void* x_, int64_t xs, const void* w_, int64_t k, vo
   }
 }
 
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 using PanelX86 = void (*)(const void*, int64_t, const void*, int64_t, void*);
 template <int... R>

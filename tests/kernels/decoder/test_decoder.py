@@ -101,6 +101,68 @@ def test_a_request_has_the_same_logits_alone_in_a_batch_chunked_and_on_two_threa
     assert torch.equal(alone, torch.cat(rows))
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16])
+def test_more_threads_than_cores_and_long_contexts_change_no_bit(kv_dtype):
+    """On several threads long items of attention are cut and the team's threads come late: neither may show."""
+    decoder, tokens = make("bf16"), prompt(7, 500)
+    batch = batch_of([(tokens[-1:], 499, list(range(32))), (tokens[:3], 0, [40])])
+    prefill = batch_of([(tokens[:499], 0, list(range(32)))])
+    threads, logits = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            kv = new_kv(kv_dtype)
+            logits.append([decoder.forward(kv, *prefill), *(decoder.forward(kv, *batch) for _ in range(4)), kv])
+    finally:
+        torch.set_num_threads(threads)
+    for other in logits[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(logits[0], other, strict=True))
+    assert torch.equal(logits[0][1], reference.forward(decoder, new_kv(kv_dtype).copy_(logits[0][-1]), *batch))
+
+
+def test_the_stack_is_close_to_float64():
+    """Independent of every kernel here: plain float64 attention over one whole sequence, without a cache."""
+    decoder, tokens, s = make("fp32"), prompt(8, 45), SPEC
+    got = decoder.forward(new_kv(), *batch_of([(tokens, 0, [3, 1, 2])])).double()
+    positions = torch.arange(len(tokens))
+
+    def norm(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + s.rms_eps).sqrt() * weight.double()
+
+    def turn(x):
+        cosine, sine = decoder.rope_table[positions].double()[:, None].unbind(2)
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * cosine - b * sine, b * cosine + a * sine), -1)
+
+    x = decoder.embedding[torch.tensor(tokens)].double()
+    for layer in decoder.layers:
+        qkv = norm(x, layer.attention_norm) @ layer.qkv.unpack().double().T
+        q, k, v = (
+            part.unflatten(1, (-1, s.head_dim))
+            for part in qkv.split([s.heads * s.head_dim, *[s.kv_heads * s.head_dim] * 2], 1)
+        )
+        q, k = turn(q), turn(k)
+        k, v = (part.repeat_interleave(s.heads // s.kv_heads, 1) for part in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / s.head_dim**0.5
+        scores = scores.masked_fill(positions[None, :] > positions[:, None], -torch.inf)
+        x = x + torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1) @ layer.out.unpack().double().T
+        gate, up = (norm(x, layer.ffn_norm) @ layer.gate_up.unpack().double().T).chunk(2, 1)
+        x = x + (gate * torch.sigmoid(gate) * up) @ layer.down.unpack().double().T
+    expected = norm(x, decoder.final_norm) @ decoder.lm_head.unpack().double().T
+    assert (got - expected).abs().max() < 2e-4
+
+
+def test_an_empty_batch_and_a_batch_without_logits():
+    decoder = make()
+    none = torch.zeros(0, dtype=torch.int64)
+    tokens, positions, start, context, table, _ = batch_of([(prompt(1, 20), 0, [0, 1])])
+    kv = new_kv()
+    assert decoder.forward(kv, tokens, positions, start, context, table, none).shape == (0, SPEC.vocab)
+    assert kv[0].any()
+    empty = torch.zeros(0, dtype=torch.int32)
+    assert decoder.forward(kv, none, empty, torch.zeros(1, dtype=torch.int32), empty, table[:0], none).numel() == 0
+
+
 def test_only_the_wanted_rows_are_computed():
     decoder = make()
     batch = batch_of([(prompt(1, 20), 0, [0, 1]), (prompt(2, 9), 0, [2])])

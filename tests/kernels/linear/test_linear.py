@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,14 +17,15 @@ from kernels import build, linear
 from kernels.linear import KINDS, reference
 
 needs_cpp = pytest.mark.skipif(not build.load("linear"), reason="no C++ compiler: the compiled kernels cannot be built")
-LEVELS = (0, 1, 2, 3)
+LEVELS = (0, 1, 2, 3)  # portable, AVX2, AVX-512, AVX-512 with its dot products
+AMX, SOFT_TILES = 4, 5  # AMX where the CPU has it; the same code over tiles in plain C++, on any CPU
 
 
 @pytest.fixture
 def level():
     """Sets the instruction set level of the kernels; the best one again afterwards."""
     yield torch.ops.sextant.linear_set_level
-    torch.ops.sextant.linear_set_level(max(LEVELS))
+    torch.ops.sextant.linear_set_level(AMX)
 
 
 def oracle(x, weight, kind, bias):
@@ -48,7 +55,7 @@ def test_equals_float64_or_the_exact_integer_sums(kind, m, n, k):
 def test_every_instruction_set_is_right(kind, level):
     x, weight = torch.randn(17, 70), torch.randn(75, 70)
     packed, expected = linear.pack(weight, kind), oracle(x, weight, kind, None)
-    for chosen in LEVELS:
+    for chosen in (*LEVELS, AMX, SOFT_TILES):
         level(chosen)
         assert torch.allclose(linear.linear(x, packed).double(), expected, atol=2e-5)
 
@@ -63,6 +70,62 @@ def test_avx2_and_avx512_give_equal_bits_where_the_fingerprint_is_equal(kind, le
             pytest.skip("this CPU has no AVX-512")
         y = linear.linear(x, packed)
         assert torch.equal(seen.setdefault(linear.numerics(kind), y), y)
+
+
+@needs_cpp
+@pytest.mark.parametrize("k", [1, 32, 33, 70, 130])
+@pytest.mark.parametrize("m", [1, 15, 16, 17, 32, 33, 70])
+def test_the_amx_path_over_soft_tiles_equals_float64_and_is_batch_invariant(m, k, level):
+    x, weight, bias = torch.randn(m, k), torch.randn(40, k), torch.randn(40)
+    packed = linear.pack(weight, "bf16")
+    level(SOFT_TILES)
+    y = linear.linear(x, packed, bias)
+    assert torch.allclose(y.double(), oracle(x, weight, "bf16", bias), atol=2e-5)
+    assert torch.equal(y, torch.cat([linear.linear(row[None], packed, bias) for row in x]))
+
+
+@needs_cpp
+def test_the_fingerprint_names_what_changes_bits(level):
+    level(SOFT_TILES)
+    assert linear.numerics("bf16") == "bf16-amx-fma"
+    level(2)
+    at_most_avx512 = {kind: linear.numerics(kind) for kind in KINDS}
+    level(1)
+    assert {kind: linear.numerics(kind) for kind in KINDS} == at_most_avx512
+    level(0)
+    portable_fma = "aarch64" in platform.machine()
+    assert (linear.numerics("fp32") == at_most_avx512["fp32"]) == portable_fma
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("isa", "expected"), [("avx2", "bf16-fma"), ("avx512", "bf16-fma"), ("nonsense", linear.numerics("bf16"))]
+)
+def test_a_new_cpu_can_be_held_to_an_old_ones_bits(isa, expected):
+    if "fma" not in linear.numerics("fp32"):
+        pytest.skip("this CPU has no FMA")
+    code = "from kernels import linear; print(linear.numerics('bf16'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SEXTANT_LINEAR_ISA": isa, "PYTHONPATH": str(build.ROOT.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == expected
+    assert ("SEXTANT_LINEAR_ISA" in done.stderr) == (isa == "nonsense")
+
+
+@needs_cpp
+def test_weights_lie_one_after_the_other_and_outlive_one_another():
+    first, second = linear.pack(torch.ones(64, 64), "fp32"), linear.pack(torch.full((64, 64), 2.0), "fp32")
+    large = linear.pack(torch.full((4096, 5000), 3.0), "fp32")  # more than one region
+    assert second.data.data_ptr() == first.data.data_ptr() + first.data.nbytes
+    del first
+    gc.collect()
+    third = linear.pack(torch.full((64, 64), 4.0), "fp32")
+    for packed, value in ((second, 2.0), (third, 4.0), (large, 3.0)):
+        assert (packed.unpack() == value).all()
 
 
 @needs_cpp

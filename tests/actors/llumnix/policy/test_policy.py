@@ -84,6 +84,14 @@ def test_the_newer_of_two_loads_wins_whatever_the_order():
 # ---- dispatch ----
 
 
+def test_where_every_head_of_line_is_blocked_the_shortest_queue_gets_the_request():
+    """The paper's freeness would send it behind the 26 requests of ``a``: its head is smaller than that of ``b``."""
+    queue = [req(f"q{i}", 4) for i in range(26)]
+    a, b = load("a", [req("x", 98)], queue), load("b", [req("y", 98)], [req("large", 20)])
+    assert freeness(a) > freeness(b)
+    assert make_policy("llumnix").choose([a, b], New()) == "b"
+
+
 def test_the_freest_instance_gets_the_request():
     loads = [load("a", [req("x", 50)]), load("b", [req("y", 20), req("z", 20)]), load("c", [req("w", 45)])]
     assert [freeness(x) for x in loads] == [50, 30, 55]
