@@ -3,14 +3,14 @@
 
 #include <cstdint>
 
-#include "paged_attention/csrc/cpu_isa.h"
+#include "simd/csrc/cpu_isa.h"
 
 namespace sextant {
 namespace elementwise_detail {
 namespace {
 
 #define SEXTANT_VEC_LOOPS "elementwise/csrc/elementwise_isa.h"
-#include "paged_attention/csrc/vector_dispatch.h"
+#include "simd/csrc/vector_dispatch.h"
 #undef SEXTANT_VEC_LOOPS
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Row operations of a decoder layer for one instruction set; vector_dispatch.h includes this file once for each. Sums run in
 // sixteen lanes (index % 16) and a fixed tree, so every instruction set with an FMA gives the same bits.
-#include "paged_attention/csrc/vector_isa.h"
+#include "simd/csrc/vector_isa.h"
 
 // out = x / sqrt(mean(x^2) + eps) * weight
 inline void rms_norm_row(const float* x, const float* weight, int64_t n, float eps, float* out) {

@@ -14,14 +14,14 @@
 
 #include "linear/csrc/linear_amx.h"
 #include "linear/csrc/linear_x86.h"
-#include "paged_attention/csrc/cpu_isa.h"
+#include "simd/csrc/cpu_isa.h"
 
 namespace sextant {
 namespace linear_detail {
 namespace {
 
 #define SEXTANT_VEC_LOOPS "linear/csrc/linear_isa.h"
-#include "paged_attention/csrc/vector_dispatch.h"
+#include "simd/csrc/vector_dispatch.h"
 #undef SEXTANT_VEC_LOOPS
 
 }  // namespace

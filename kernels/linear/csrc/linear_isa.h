@@ -1,7 +1,7 @@
 // The inner loops of the packed linear for one instruction set; vector_dispatch.h includes this file once for each (so there is
 // no include guard). Panels hold 32 output columns: fp32 [k][32], bf16 [k/2][32][2], int8 [k/4][32][4]. Every output is one
 // chain over k in ascending order, so rows, tiles and threads cannot change its bits.
-#include "paged_attention/csrc/vector_isa.h"
+#include "simd/csrc/vector_isa.h"
 
 SEXTANT_VEC_INLINE vi load_int(const int32_t* p) { return reinterpret_cast<vi>(load(reinterpret_cast<const float*>(p))); }
 

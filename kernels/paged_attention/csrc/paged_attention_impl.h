@@ -14,14 +14,14 @@
 
 #include <ATen/Parallel.h>
 
-#include "cpu_isa.h"
+#include "simd/csrc/cpu_isa.h"
 
 namespace sextant {
 namespace paged_attention_detail {
 namespace {
 
-#define SEXTANT_VEC_LOOPS "paged_attention_isa.h"
-#include "vector_dispatch.h"
+#define SEXTANT_VEC_LOOPS "paged_attention/csrc/paged_attention_isa.h"
+#include "simd/csrc/vector_dispatch.h"
 #undef SEXTANT_VEC_LOOPS
 
 // Loops of one instruction set. bf16 travels as uint16_t.

@@ -2,7 +2,7 @@
 // instruction set (so there is no include guard), each time inside its own namespace and with the macros of vector_isa.h set,
 // and SEXTANT_VEC_REGS: the accumulator registers that a loop may keep.
 
-#include "vector_isa.h"
+#include "simd/csrc/vector_isa.h"
 
 // Scores of R query rows against NB consecutive blocks; one FMA chain over head_dim for each position.
 template <typename KV, int R, int NB>

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "../../paged_attention/csrc/cpu_isa.h"
+#include "simd/csrc/cpu_isa.h"
 
 namespace sextant::sampling {
 namespace {
@@ -22,8 +22,8 @@ struct Weigher {
 constexpr int kReaches = 9;
 constexpr float kReach[kReaches] = {1.0f, 2.0f, 3.5f, 5.0f, 7.0f, 9.5f, 13.0f, 20.0f, 90.0f};
 
-#define SEXTANT_VEC_LOOPS "../../sampling/csrc/sampling_isa.h"
-#include "../../paged_attention/csrc/vector_dispatch.h"
+#define SEXTANT_VEC_LOOPS "sampling/csrc/sampling_isa.h"
+#include "simd/csrc/vector_dispatch.h"
 #undef SEXTANT_VEC_LOOPS
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();

@@ -2,7 +2,7 @@
 // guard) with the macros of vector_isa.h set. A row of logits is seen in superblocks of 1,024 tokens; lane j of a
 // superblock is its group j: the 64 tokens j, j + 16, j + 32, ... Whatever the instruction set, there are 16 lanes.
 
-#include "../../paged_attention/csrc/vector_isa.h"
+#include "simd/csrc/vector_isa.h"
 
 // Maximum of each group into groups[16 * superblocks] (-inf for an empty one). False if some logit is NaN or +inf.
 inline bool group_maxima(const float* x, int64_t n, float* groups) {
