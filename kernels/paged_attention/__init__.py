@@ -122,5 +122,5 @@ def paged_attention(
 def _require_cpp(asked: Backend) -> None:
     if asked == "cpp" and not _cpp():
         raise RuntimeError(
-            "backend='cpp' needs the compiled kernels: install a C++ compiler and ninja, then run `python -m kernels.build`"
+            "backend='cpp' needs the compiled kernels: install a C++ compiler, then run `python -m kernels.build`"
         )

@@ -44,7 +44,7 @@ def sample(
         return batched.sample(logits_RV, batch)
     if not _cpp():
         raise RuntimeError(
-            "backend='cpp' needs the compiled kernels: install a C++ compiler and ninja, then run `python -m kernels.build`"
+            "backend='cpp' needs the compiled kernels: install a C++ compiler, then run `python -m kernels.build`"
         )
     return SamplingResult(
         *torch.ops.sextant.sample(

@@ -115,7 +115,10 @@ def test_an_abort_that_overtakes_its_request_still_holds(cluster):
 
 
 def test_the_scheduler_moves_requests_off_a_full_instance_by_itself_and_the_texts_stay_the_same(cluster):
-    """Fill one instance behind the scheduler's back: its periodic pairing must move requests to the empty one."""
+    """Fill one instance behind the scheduler's back: its periodic pairing must move requests to the empty one.
+
+    Four requests grow to 16 blocks each of 68: for their last 47 tokens the instance's freeness is below the threshold of 3.
+    """
     from actors.llumnix.frontend import Frontend
     from actors.llumnix.ray_ports import RayInstance, RayScheduler
 
@@ -125,11 +128,11 @@ def test_the_scheduler_moves_requests_off_a_full_instance_by_itself_and_the_text
         frontend = Frontend(scheduler, RayInstance, ingress_id=f"{prefix}-ingress")
         frontend.start()
         try:
-            first = request(f"{prefix}-0", 220, tuple(range(200, 210)))
+            first = request(f"{prefix}-0", 245, tuple(range(200, 210)))
             [stream] = await frontend.submit([first])
             streams = [stream]
             for n in range(1, 4):  # the same instance as the first, whatever the policy would say
-                other = request(f"{prefix}-{n}", 220, tuple(range(200 + 10 * n, 210 + 10 * n)))
+                other = request(f"{prefix}-{n}", 245, tuple(range(200 + 10 * n, 210 + 10 * n)))
                 added = frontend._open(other)
                 await frontend._place(added, near=f"{prefix}-0")
                 streams.append(added)
