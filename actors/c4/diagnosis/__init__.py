@@ -1,0 +1,1 @@
+"""What decides: pure functions from observations of all ranks to verdicts. No Ray, no torch."""
