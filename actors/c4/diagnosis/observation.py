@@ -60,6 +60,12 @@ class RankRows:
     """Since the agent read these rows; the master raises it while an agent is silent."""
     cpu_share: NDArray[np.float32]
     """CPU seconds per second of the process since the previous report; nan when unknown."""
+    step_s: NDArray[np.float32] = None  # type: ignore[assignment]  # filled with nan where it is not given
+    """Typical duration of a training step as the rank's records show it (``period.step_period``); nan when unknown."""
+
+    def __post_init__(self) -> None:
+        if self.step_s is None:
+            object.__setattr__(self, "step_s", np.full(len(self.rank), np.nan, np.float32))
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,8 @@ class ProgressRows:
 class LinkRows:
     """A row a connection of an open operation and end of it: how far its bytes have come. L rows.
 
-    Each end fills what it sees: the sender ``sent_messages`` (``received_messages`` is -1), the receiver the other; they are joined
-    on (group, source, destination, sequence).
+    Each end fills what it sees: the sender ``sent_messages`` (``received_messages`` is -1), the receiver the other; joined on
+    (group, source, destination, sequence).
     """
 
     group: NDArray[np.int32]

@@ -1,0 +1,295 @@
+"""The writing end of a worker's ring: stamps of operations and connections in mapped shared memory, under a microsecond each.
+
+A record is found by its id: operation ``op_id`` lies at slot ``op_id % capacity``. Its id is taken away first and written last,
+so a reader that sees the same id before and after copying has a whole record. Stamps that follow are single aligned words.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import logging
+import mmap
+import os
+import socket
+import struct
+import tempfile
+import threading
+from pathlib import Path
+from time import monotonic_ns
+from typing import Any
+
+import numpy as np
+
+from actors.c4.recorder.errors import RecorderError
+from actors.c4.recorder.layout import (
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    RUN_BYTES,
+    VERSION,
+    Communicator,
+    Sizes,
+    make_directory,
+    process_start,
+    ring_path,
+)
+from actors.c4.recorder.records import EDGE_RECORD, OP_RECORD
+
+logger = logging.getLogger("sextant.c4.recorder")
+
+# Native byte order and sizes: such words are written whole, not byte by byte.
+_OP_TAIL = struct.Struct("@qqqqqiiBBHI")
+_EDGE_TAIL = struct.Struct("@qqqqqqiiii")
+_OP_WORDS = OP_RECORD.itemsize // 8
+_EDGE_WORDS = EDGE_RECORD.itemsize // 8
+_HEARTBEAT, _NEWEST, _CLOSED, _TABLE_USED = (HEADER.fields[name][1] // 8  # type: ignore[index]
+                                             for name in ("heartbeat_ns", "newest_op", "closed", "table_used"))  # fmt: skip
+MAX_RECORDS = 1 << 20
+
+
+class RingWriter:
+    """One worker's ring. Any thread may write; every method is bounded and never blocks on a reader."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        run: str,
+        generation: int,
+        rank: int,
+        world_size: int,
+        op_capacity: int = 4096,
+        edge_capacity: int = 8192,
+        table_capacity: int = 1 << 16,
+    ):
+        """Make the file whole under a temporary name, then give it its own: no reader sees half a header.
+
+        Args:
+            path: where; None keeps the records in private memory, so that nobody reads them.
+            run, generation, rank, world_size: whose ring it is; ``rank`` is global.
+            op_capacity, edge_capacity: records kept; powers of two.
+            table_capacity: bytes for the communicators, a multiple of 8; one takes about 40 and 4 a rank.
+
+        Raises:
+            RecorderError: a capacity or name does not do, there is no room for the file, or the folder cannot be written.
+        """
+        for what, value in (("operations", op_capacity), ("edges", edge_capacity)):
+            if not 2 <= value <= MAX_RECORDS or value & (value - 1):
+                raise RecorderError(f"A ring keeps a power of two of {what} from 2 to {MAX_RECORDS:,}, not {value}.")
+        if table_capacity < 1024 or table_capacity % 8:
+            raise RecorderError(
+                f"The table of communicators takes a multiple of 8 from 1,024 bytes, not {table_capacity}."
+            )
+        if len(run.encode()) > RUN_BYTES:
+            raise RecorderError(f"The run's name is longer than {RUN_BYTES} bytes: {run!r}.")
+        self.path = path
+        self.sizes = Sizes(op_capacity, edge_capacity, table_capacity)
+        self.pid = os.getpid()
+        header = np.zeros(1, dtype=HEADER)
+        fields: dict[str, Any] = {
+            "magic": MAGIC, "version": VERSION, "header_bytes": HEADER_BYTES, "run": run.encode(),
+            "hostname": socket.gethostname().encode()[:64], "generation": generation, "rank": rank, "world_size": world_size,
+            "pid": self.pid, "process_start": process_start(self.pid), "op_capacity": op_capacity,
+            "edge_capacity": edge_capacity, "table_capacity": table_capacity, "heartbeat_ns": monotonic_ns(),
+        }  # fmt: skip
+        for name, value in fields.items():
+            header[name] = value
+        self.map = _make_map(path, self.sizes.total, header.tobytes())
+        words = memoryview(self.map).cast("q")
+        self._header = words[: HEADER_BYTES // 8]
+        self._ops = words[self.sizes.operations // 8 : self.sizes.edges // 8]
+        self._edges = words[self.sizes.edges // 8 : self.sizes.total // 8]
+        self._edge_ints = memoryview(self.map).cast("i")[self.sizes.edges // 4 : self.sizes.total // 4]
+        self._op_mask = op_capacity - 1
+        self._edge_mask = edge_capacity - 1
+        self._op_ids = itertools.count(1)
+        self._edge_ids = itertools.count(0)
+        self._table_lock = threading.Lock()
+        self._communicators: dict[str, int] = {}
+        self._table_full = False
+
+    # ---- operations
+
+    def enter(
+        self,
+        communicator: int,
+        sequence: int,
+        op_type: int,
+        element_type: int,
+        payload: int,
+        peer: int = -1,
+        flags: int = 0,
+    ) -> int:
+        """An operation was called; returns its id.
+
+        Args:
+            communicator: index from ``add_communicator``.
+            sequence: running number in the communicator, from 1.
+            op_type, element_type: an ``OpType``, an ``ElementType``.
+            payload: bytes at this rank.
+            peer: global rank of the root or partner, -1 for none.
+            flags: bits of ``OpFlag``.
+        """
+        op_id = next(self._op_ids)
+        slot = (op_id & self._op_mask) * _OP_WORDS
+        ops = self._ops
+        ops[slot] = 0
+        _OP_TAIL.pack_into(
+            ops,
+            slot * 8 + 8,
+            sequence,
+            payload,
+            monotonic_ns(),
+            0,
+            0,
+            communicator,
+            peer,
+            op_type,
+            element_type,
+            flags,
+            0,
+        )
+        ops[slot] = op_id
+        self._header[_NEWEST] = op_id
+        return op_id
+
+    def start(self, op_id: int) -> None:
+        """Its transfer began."""
+        slot = (op_id & self._op_mask) * _OP_WORDS
+        if self._ops[slot] == op_id:
+            self._ops[slot + 4] = monotonic_ns()
+
+    def end(self, op_id: int, flags: int = 0, end_ns: int = 0) -> None:
+        """It ended, with further bits of ``OpFlag``; nothing when it has ended before or was overwritten since."""
+        slot = (op_id & self._op_mask) * _OP_WORDS
+        ops = self._ops
+        if ops[slot] != op_id or ops[slot + 5]:
+            return
+        if flags:
+            ops[slot + 7] |= flags << 16
+        ops[slot + 5] = end_ns or monotonic_ns()
+
+    def stamp(self, op_id: int, start_ns: int, end_ns: int) -> None:
+        """Start and end as measured elsewhere (CUDA events), CLOCK_MONOTONIC."""
+        slot = (op_id & self._op_mask) * _OP_WORDS
+        if self._ops[slot] == op_id:
+            self._ops[slot + 4] = start_ns
+            self._ops[slot + 5] = end_ns
+
+    # ---- edges
+
+    def open_edge(self, op_id: int, sequence: int, communicator: int, source: int, destination: int) -> EdgeSlot:
+        """A slot for one end of one connection in one operation."""
+        slot = (next(self._edge_ids) & self._edge_mask) * _EDGE_WORDS
+        edges = self._edges
+        edges[slot] = 0
+        _EDGE_TAIL.pack_into(
+            edges, slot * 8 + 8, sequence, 0, 0, 0, 0, monotonic_ns(), communicator, source, destination, 0
+        )
+        edges[slot] = op_id
+        return EdgeSlot(edges, self._edge_ints, slot, self.sizes.edges + slot * 8)
+
+    # ---- header and table
+
+    @property
+    def address(self) -> int:
+        """Of the mapping, for compiled code; valid while this object lives."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+
+    def add_communicator(self, communicator: Communicator) -> int:
+        """Its index, the same for the same name; -1 when the table is full (its operations are recorded under -1).
+
+        Raises:
+            RecorderError: the name stands for other ranks already.
+        """
+        with self._table_lock:
+            known = self._communicators.get(communicator.name)
+            if known is not None:
+                return known
+            line = json.dumps([communicator.name, communicator.role, list(communicator.ranks)], separators=(",", ":"))
+            text = line.encode() + b"\n"
+            used = self._header[_TABLE_USED]
+            if used + len(text) > self.sizes.table_capacity:
+                if not self._table_full:
+                    logger.warning("The ring's table of communicators is full; %s and later ones have no name there.",
+                                   communicator.name)  # fmt: skip
+                self._table_full = True
+                return -1
+            at = self.sizes.table + used
+            self.map[at : at + len(text)] = text
+            self._header[_TABLE_USED] = used + len(text)
+            index = self._communicators[communicator.name] = len(self._communicators)
+            return index
+
+    def beat(self) -> None:
+        """The heartbeat: this process still runs Python."""
+        self._header[_HEARTBEAT] = monotonic_ns()
+
+    def close(self) -> None:
+        """An orderly end: what is read from now on will not change. The file stays for the reader; its mapping too."""
+        if not self._header[_CLOSED]:
+            self._header[_CLOSED] = monotonic_ns()
+
+
+class EdgeSlot:
+    """One end of one connection in one operation, updated in place."""
+
+    __slots__ = ("_ints", "_slot", "_words", "offset")
+
+    def __init__(self, words: memoryview, ints: memoryview, slot: int, offset: int):
+        self._words, self._ints, self._slot = words, ints, slot
+        self.offset = offset
+        """Of the record in the mapped file, in bytes."""
+
+    def late(self, lateness_ns: int) -> None:
+        """The predecessor announced the operation so long after this rank had begun it."""
+        self._words[self._slot + 3] = lateness_ns
+        self._words[self._slot + 6] = monotonic_ns()
+
+    def moved(self, count: int, now_ns: int) -> None:
+        """``count`` more bytes moved."""
+        self._words[self._slot + 2] += count
+        self._words[self._slot + 6] = now_ns
+
+    def received(self, wait_ns: int, transfer_ns: int) -> None:
+        """One more message came whole."""
+        self._words[self._slot + 4] += wait_ns
+        self._words[self._slot + 5] += transfer_ns
+        self._ints[self._slot * 2 + 17] += 1
+
+    def begun(self) -> None:
+        """One more message begun to be sent."""
+        self._ints[self._slot * 2 + 17] += 1
+
+
+def new_ring(directory: Path, run: str, generation: int, rank: int, world_size: int, **capacities: int) -> RingWriter:
+    """This process's ring in ``directory``. Raises RecorderError as ``RingWriter``, or when the folder cannot be used."""
+    make_directory(directory)
+    path = ring_path(directory, run, generation, rank, os.getpid())
+    return RingWriter(path, run=run, generation=generation, rank=rank, world_size=world_size, **capacities)
+
+
+def _make_map(path: Path | None, size: int, header: bytes) -> mmap.mmap:
+    if path is None:
+        private = mmap.mmap(-1, size)
+        private[: len(header)] = header
+        return private
+    temporary = None
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        try:
+            # Every page is claimed now: a full memory is an error here, not a SIGBUS in the middle of training.
+            os.posix_fallocate(handle, 0, size)
+            mapped = mmap.mmap(handle, size)
+        finally:
+            os.close(handle)
+        mapped[: len(header)] = header
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise RecorderError(f"No ring of {size:,} bytes can be made at {path}: {error.strerror}.") from error
+    return mapped

@@ -1,0 +1,15 @@
+"""Command line of the c4 app: diagnose, inject, watch, demo, simulate, month."""
+
+from __future__ import annotations
+
+from apps.c4.demo import demo
+from apps.c4.diagnose import diagnose
+from apps.program.cli import program
+
+app = program("c4", "Find the faulty part of a training job, isolate it, and be training again in seconds.")
+app.verb(diagnose)
+app.verb(demo)
+
+
+if __name__ == "__main__":
+    app.main()

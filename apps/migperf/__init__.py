@@ -1,0 +1,1 @@
+"""MIGPerf: benchmark, predict and plan slices of GPUs, with MIG and without."""

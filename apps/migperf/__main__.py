@@ -1,0 +1,25 @@
+"""Command line of the migperf app. ``predict`` needs neither Ray nor a GPU."""
+
+from __future__ import annotations
+
+from apps.program.cli import program
+
+app = program("migperf", "Measure, predict and plan slices of GPUs, with MIG and without.")
+
+
+def _add_verbs() -> None:
+    """The verbs that other modules bring."""
+    from apps.migperf.controller import controller
+    from apps.migperf.plan import plan
+    from apps.migperf.predict import predict
+    from apps.migperf.profiles import profiles
+
+    app.verb(profiles)
+    app.verb(plan)
+    app.verb(predict)
+    app.verb(controller)
+
+
+if __name__ == "__main__":
+    _add_verbs()
+    app.main()
