@@ -1,4 +1,4 @@
-"""The planner against its certified bound and its rivals; placement with defragmentation against first fit.
+"""MIG geometry against brute force; the planner against its certified bound and its rivals; defragmentation against first fit.
 
 ``python -m benchmarks.migperf_planner [--quick]``: random demands of 2 to 16 GPUs over ParvaGPU's measured profiles (a simple
 law where the shared data is missing). Every plan, the rivals' too, passes the same check (legal places, demand covered). GPU
@@ -19,10 +19,13 @@ from apps.program.report import PALETTE, new_figure
 from benchmarks.harness import Benchmark, Target, print_rows
 from benchmarks.migperf.admission import Outcome, first_fit, random_trace, replay, with_moves
 from benchmarks.migperf.demands import load_profiles, random_problem
+from benchmarks.migperf.geometry import geometry_rows, query_microseconds
 from benchmarks.migperf.rivals import first_fit_decreasing, one_gpu_per_model, parvagpu_greedy, plan_with
 
 SECONDS = 9.0
 TARGETS = [
+    Target("geometry_illegal_accepted", 0, 0, "lower", "against every subset of placements, and random operations"),
+    Target("geometry_legal_rejected", 0, 0, "lower", "as above"),
     Target("planner_gap", 0.1, 0, "lower", "share of random demands whose plan is above the certified bound"),
     Target("planner_s", 20, 10, "lower", "slowest plan, seconds"),
     Target("defrag_accept_gain", 1.1, 1.2, "higher", "accepted 3g and 4g requests / first fit's, same traces"),
@@ -45,10 +48,18 @@ LARGE = ("3g.40gb", "4g.40gb")
 def main() -> int:
     """Runs everything; returns the exit code."""
     bench = Benchmark("migperf_planner", __doc__ or "", TARGETS)
+    _geometry(bench, 100_000 if bench.quick else 1_000_000)
     gpus = _plans(bench, 40 if bench.quick else 300)
     gains = _admission(bench, 400 if bench.quick else 3000)
     _picture(bench, gpus, gains)
     return bench.finish()
+
+
+def _geometry(bench: Benchmark, operations: int) -> None:
+    bench.say(f"geometry against brute force and {operations} random operations")
+    for key, value in geometry_rows(operations).items():
+        bench.figure(key, value)
+    bench.figure("geometry_query_us", query_microseconds(gpu_geometry("A100-80GB")))
 
 
 def _plans(bench: Benchmark, count: int) -> dict[str, list[int]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from actors.mig.planner.bound import PRICE_UNIT, cover
 from actors.mig.planner.errors import PlannerError
 from actors.mig.planner.packing import Cuts, Purchase, covered, pack, prune
-from actors.mig.planner.problem import Problem, SliceKind
+from actors.mig.planner.problem import Load, Problem, SliceKind
 
 
 def plan_by_prices(problem: Problem, many: Iterable[Mapping[SliceKind, int]]) -> tuple[Purchase, Cuts]:
@@ -37,7 +37,7 @@ def _buy(problem: Problem, prices: Mapping[SliceKind, int]) -> Purchase:
     return [prune(load, _enough(load, cover(load, prices)[1]), cost) for load in problem.loads]
 
 
-def _enough(load, bought):  # type: ignore[no-untyped-def]
+def _enough(load: Load, bought: Mapping[SliceKind, int]) -> dict[SliceKind, int]:
     """A cover in rounded integers may miss the demand by its last millionth: then one more of the smallest kind."""
     kept = dict(bought)
     while not covered(load, kept):

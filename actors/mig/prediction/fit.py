@@ -40,7 +40,7 @@ class Population:
     """How far in ln(batch), ln(sequence), ln(processes) a cell's deviation reaches."""
     slice_deviation: float = 0.03
     interval_scale: float = 1.1
-    """Factor on the standard deviations of an interval, from leave-one-workload-out coverage."""
+    """Factor on the standard deviations of an interval; set by hand, a little wide (nested leave-one-out asks for 0.8 to 0.9)."""
     degrees: float = 2.5
     """Degrees of freedom of Student's t."""
 

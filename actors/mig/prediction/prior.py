@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.mig.prediction.fit import Population, fit
-from actors.mig.prediction.law import COUNT, Array, Points
+from actors.mig.prediction.law import Array, Points
 
 WEAK = Population(
     mean=(0.0, 0.5, -2.5, -1.0, 1.0, 0.3, 1.4, 1.1, 0.03),

@@ -18,6 +18,6 @@ SHIPPED_FAMILIES = 11
 POPULATION: Population = dataclasses.replace(
     WEAK,
     #     log_slope, log_f0, log_host, log_b0, scaling, memory, log_q, sequence, span  (law.NAMES)
-    mean=(0.0, 0.662, -2.23, 0.266, 0.986, 0.340, 1.635, 1.134, 0.0499),
-    sd=(3.0, 1.152, 1.88, 1.70, 0.0556, 0.1177, 0.788, 0.1726, 0.0331),
+    mean=(0.0, 0.657, -2.21, 0.262, 0.986, 0.340, 1.631, 1.134, 0.0499),
+    sd=(3.0, 1.159, 1.88, 1.70, 0.0556, 0.1177, 0.788, 0.1726, 0.0331),
 )

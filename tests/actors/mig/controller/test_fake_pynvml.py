@@ -7,12 +7,12 @@ import inspect
 import pynvml
 import pytest
 
-from tests.actors.mig import fake_pynvml
+from tests.actors.mig import fake_pynvml, fake_pynvml_types
 from tests.actors.mig.fake_pynvml import FakeNvml
 
 FUNCTIONS = sorted(name for name in vars(FakeNvml) if name.startswith("nvml"))
 STRUCTURES = sorted(
-    name for name, value in vars(fake_pynvml).items() if name.startswith("c_nvml") and hasattr(value, "_fields_")
+    name for name, value in vars(fake_pynvml_types).items() if name.startswith("c_nvml") and hasattr(value, "_fields_")
 )
 
 
@@ -34,7 +34,7 @@ def test_a_structure_of_the_double_has_the_real_ones_fields(name):
     def fields(structure):
         return [(field, kind.__name__) for field, kind in structure._fields_]
 
-    assert fields(getattr(fake_pynvml, name)) == fields(getattr(pynvml, name))
+    assert fields(getattr(fake_pynvml_types, name)) == fields(getattr(pynvml, name))
 
 
 def test_the_controller_uses_nothing_that_the_double_or_the_real_module_lacks():
