@@ -186,7 +186,8 @@ def two_threads(setting: Setting, x: torch.Tensor, weights: dict[str, Cold[Balan
 
         def measured() -> float:
             torch.set_num_threads(threads)
-            sparse(x, cold.next())  # wakes the pool
+            for _ in range(3):
+                sparse(x, cold.next())  # wakes the pool, and lets the system spread it
             return timed(call)
 
         return measured
@@ -255,11 +256,13 @@ def dispatcher(setting: Setting) -> None:
             "dense": lambda x=x, w=dense: F.linear(x, w),  # type: ignore[misc]
             "ours": lambda x=x, w=packed: balanced_linear(x, w),  # type: ignore[misc]
         }
-        calls = max(1, min(64, (4 << 20) // (rows * columns * batch)))
         with torch.inference_mode():
-            samples = alternate(arms, 9, calls=calls)
+            # Some milliseconds a measurement, or else the first call, which finds the other arm's weight in the cache, is all of
+            # it; and as many rounds that begin with one arm as with the other.
+            calls = max(1, min(200, round(2e-3 / min(timed(arms["dense"]) for _ in range(5)))))
+            samples = alternate(arms, 10, calls=calls)
             if samples.ratio("dense", "ours").median < 1:  # is it, or was the machine busy?
-                samples = alternate(arms, 41, calls=calls)
+                samples = alternate(arms, 40, calls=calls)
         arm = dispatch.choose(packed, batch, x.dtype)
         labels = {"shape": f"{rows}x{columns}", "pattern": f"{k}:{block}", "batch": batch, "arm": arm}
         worst = min(worst, report(setting, "dispatcher", samples, "dense", "ours", **labels))

@@ -126,7 +126,9 @@ def _digest(tensor: torch.Tensor) -> str:
     """Of dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     if tensor.numel():
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        # One element may have any stride and still be contiguous; its bytes need the stride 1.
+        flat = tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+        digest.update(flat.numpy().data)  # type: ignore[arg-type]
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
-from kernels.balanced import dispatch
+from kernels.balanced import dispatch, lanes
 from kernels.balanced.format import BalancedWeight, weight_of
 from kernels.balanced.selection import cpp
 from kernels.balanced.spec import INDEX_KINDS, BalancedSpec
@@ -69,8 +69,13 @@ def _forward(x: torch.Tensor, weight: BalancedWeight, bias: torch.Tensor | None)
 
 
 def dense(weight: BalancedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """The unpacked weight, kept beside the packed one until its values change."""
-    return weight.derive(("dense", dtype), lambda: weight.unpack(dtype))
+    """The unpacked weight, kept beside the packed one until its values change; in huge pages, as the packed one."""
+
+    def make() -> torch.Tensor:
+        full = weight.unpack(dtype)
+        return lanes.stream_memory(full.shape, full).copy_(full)
+
+    return weight.derive(("dense", dtype), make)
 
 
 def sparse(x: torch.Tensor, weight: BalancedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
