@@ -151,6 +151,16 @@ def _suspects(job: Job, waits: Waits, unexplained: set[int]) -> dict[int, str]:
                 suspects[rank] = (
                     f"Rank {rank} entered {name} of group {job.label(group)} as all members did; it never completed."
                 )
+    for rank in list(suspects):
+        for operation in job.blockers[rank]:
+            if operation.is_p2p:
+                for partner, other in rules.counterparts(job, rank, operation):
+                    if job.dumps[partner].frontier < other.record_id:  # else it is alive: it completed what came later
+                        suspects.setdefault(
+                            partner,
+                            f"Rank {partner} is the other end of {operation.describe()} of group "
+                            f"{job.label(operation.group)}, at which rank {rank} stands.",
+                        )
     if not suspects:
         for rank in sorted(unexplained):
             waiting = waits.by_waiter.get(rank, [])

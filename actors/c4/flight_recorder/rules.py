@@ -269,7 +269,7 @@ def not_started(job: Job, waits: Waits) -> dict[int, Finding]:
         head = job.head(rank)
         if head is None or head.state is not State.SCHEDULED or waits.by_waiter.get(rank):
             continue
-        began = [member for member, other in _counterparts(job, rank, head) if other.state is State.STARTED]
+        began = [member for member, other in counterparts(job, rank, head) if other.state is State.STARTED]
         if began:
             sentence = (
                 f"The device of rank {rank} never started {head.describe()} of group {job.label(head.group)}, which "
@@ -279,7 +279,7 @@ def not_started(job: Job, waits: Waits) -> dict[int, Finding]:
     return found
 
 
-def _counterparts(job: Job, rank: int, operation: Operation) -> list[tuple[int, Operation]]:
+def counterparts(job: Job, rank: int, operation: Operation) -> list[tuple[int, Operation]]:
     """The same operation, as far as it is outstanding, on the other ranks that take part in it."""
     if not operation.is_p2p:
         members = (member for member in job.members.get(operation.group, ()) if member != rank)
