@@ -22,6 +22,7 @@ from actors.c4.agent_core import AgentCore
 from actors.c4.generation import Worker
 from actors.c4.injection.faults import KINDS, Fault, FaultName, InjectionError
 from actors.c4.injection.inject import Injected, Target, inject, with_peer
+from actors.c4.lines import LineAddress, hold_line
 from actors.c4.ports import Stack
 from actors.c4.recorder.layout import ring_path
 from actors.c4.settings import MonitorSettings
@@ -35,10 +36,12 @@ MASTER_WAIT_S = 5.0
 class C4Agent:
     """Of one node. Async actor: everything runs on one event loop; what takes long runs in threads."""
 
-    def __init__(self, run: str, node_id: str, ring_folder: str, settings: MonitorSettings, master: Any):
+    def __init__(
+        self, run: str, node_id: str, ring_folder: str, settings: MonitorSettings, master: Any, line: LineAddress
+    ):
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
         self._core = AgentCore(run, node_id, Path(ring_folder), settings)
-        self._settings, self._master = settings, master
+        self._settings, self._master, self._line = settings, master, line
         self._tasks: set[asyncio.Task[Any]] = set()
         self._injected: list[Injected] = []
         self._ended = asyncio.Event()
@@ -48,6 +51,7 @@ class C4Agent:
     async def run(self) -> None:
         """Read, report, obey; until ``stop``."""
         core = self._core
+        self._spawn(hold_line(self._line, core.node_id, self._ended))
         while not self._ended.is_set():
             began = time.monotonic()
             try:

@@ -27,6 +27,8 @@ logger = logging.getLogger("sextant.c4.agent")
 
 STALE_RINGS_S = 600.0
 """Rings of dead processes, of whatever run, are removed after this."""
+STACKS_S = 2.0
+"""A process that is to be killed is left for so long to have its stacks taken first."""
 
 
 class AgentCore:
@@ -47,6 +49,8 @@ class AgentCore:
         self._gone: dict[tuple[int, int], Fence] = {}
         self._kill: tuple[Fence, ...] = ()
         self._stacks: list[Stack] = []
+        self._spared_until: dict[int, float] = {}
+        """By pid: whose stacks are being taken; it is killed after that."""
         self._cost = (time.monotonic(), time.process_time(), 0.0)
         with contextlib.suppress(OSError):
             clean_stale(ring_folder, keep_s=STALE_RINGS_S)
@@ -88,9 +92,12 @@ class AgentCore:
         if orders.full:
             self.reader.whole_window()
         self.reader.watch(orders.generation, orders.workers)
+        for rank in orders.stacks:
+            if (worker := self.reader.worker(rank)) is not None:
+                self._spared_until[worker.pid] = time.monotonic() + STACKS_S
+                self.stacks_wanted.add(rank)
         self._kill = orders.kill
         self._obey_kills()
-        self.stacks_wanted.update(orders.stacks)
 
     def unanswered(self) -> None:
         """The master did not answer: a new one will know neither groups nor windows."""
@@ -100,6 +107,7 @@ class AgentCore:
     def add_stack(self, stack: Stack) -> None:
         """Goes with the next report."""
         self._stacks.append(stack)
+        self._spared_until.pop(stack.pid, None)
 
     def close(self, remove_rings: bool = False) -> None:
         """Let go; ``remove_rings``: of this run's workers that are gone."""
@@ -117,6 +125,8 @@ class AgentCore:
 
     def _obey_kills(self) -> None:
         for fence in self._kill:
+            if time.monotonic() < self._spared_until.get(fence.pid, 0.0):
+                continue
             key = (fence.generation, fence.pid)
             ticks = fence.started_ticks if fence.started_ticks >= 0 else self._ticks_by_ring(fence)
             if ticks < 0:

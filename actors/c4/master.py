@@ -47,12 +47,13 @@ def start_master(
         folder: where its state file stands, on this node.
         ring_folder: of the workers' rings, the same path on every node.
         policy: picklable; asked at every tick while a verdict lasts.
-        control_folder: of fault injection; empty without.
+        control_folder: of fault injection; ``injection`` in the ring folder when it is not given.
 
     Raises:
         MonitorError: a master of this run is there already, or it did not start.
     """
     state = Path(folder).absolute() / f"c4-master-{run}.json"
+    control_folder = control_folder or Path(ring_folder) / "injection"
     setup = MasterSetup(run, settings or MonitorSettings(), str(ring_folder), str(state), str(control_folder), policy)
     node_id = ray.get_runtime_context().get_node_id()
     actor: Any = ray.remote(C4Master)

@@ -27,6 +27,7 @@ from actors.c4.agent import C4Agent
 from actors.c4.generation import Generation
 from actors.c4.injection.faults import Fault, InjectionError
 from actors.c4.judge import DiagnosisJudge
+from actors.c4.lines import Lines
 from actors.c4.master_core import MasterCore, Policy
 from actors.c4.ports import CLEARED, MasterStatus, NumberedVerdict, Orders, Report
 from actors.c4.recovery.policy import Action, decide
@@ -38,6 +39,7 @@ logger = logging.getLogger("sextant.c4.master")
 NAMESPACE = "sextant_c4"
 SUPERVISE_S = 0.5
 SPARE_NODES_S = 5.0
+RAYLET_WAIT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,15 @@ class C4Master:
         self._ended = asyncio.Event()
         self._cost = _Cost()
         self._started_at = time.time()
+        self._lines = Lines(self._line_ended)
+        self._raylets: dict[str, tuple[str, int]] = {}
         self._me = ray.get_runtime_context().current_actor
         # The loops are this actor's own first call: they begin again with every restart, whoever is there to ask.
         self._me.run.remote()
 
     async def run(self) -> None:
         """Judge, supervise agents, count spare nodes; until ``stop``."""
+        await self._lines.open()
         loops = (
             ("judging", self._judge, self._setup.settings.diagnose_s),
             ("supervision", self._supervise, SUPERVISE_S),
@@ -204,6 +209,7 @@ class C4Master:
     async def stop(self) -> None:
         """End agents and loops; the actor itself is ended by ``stop_master``."""
         self._ended.set()
+        self._lines.close()
         stops = [agent.handle.stop.remote() for agent in self._agents.values()]
         with contextlib.suppress(Exception):
             await asyncio.wait_for(asyncio.gather(*map(_result, stops), return_exceptions=True), 5.0)
@@ -267,7 +273,7 @@ class C4Master:
     async def _supervise(self) -> None:
         """An agent on every node that must have one."""
         now = time.monotonic()
-        for node_id in self._core.nodes_to_watch():
+        for node_id in self._core.nodes_to_watch() if self._lines.address is not None else ():
             if node_id in self._agents or now < self._not_before.get(node_id, 0.0) or self._ended.is_set():
                 continue
             strategy = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
@@ -279,9 +285,15 @@ class C4Master:
                 max_restarts=-1,
                 max_concurrency=100,
                 scheduling_strategy=strategy,
-            ).remote(self._setup.run, node_id, self._setup.ring_folder, self._setup.settings, self._me)
+            ).remote(
+                self._setup.run, node_id, self._setup.ring_folder, self._setup.settings, self._me, self._lines.address
+            )
             agent = self._agents[node_id] = _Agent(handle)
             agent.watch = asyncio.get_running_loop().create_task(self._watch(node_id, handle))
+        for node_id in self._core.agents_lost():
+            if not await self._raylet_answers(node_id):
+                logger.warning("node %s is lost: its raylet does not answer", node_id)
+                self._core.node_lost(node_id)
         self._export()
 
     async def _watch(self, node_id: str, handle: Any) -> None:
@@ -292,6 +304,8 @@ class C4Master:
                 return
             except ActorDiedError as error:
                 logger.warning("the agent of node %s is gone: %s", node_id, str(error).splitlines()[0])
+                if not await self._raylet_answers(node_id):
+                    self._core.node_lost(node_id)
                 self._not_before[node_id] = time.monotonic() + 2.0
                 self._agents.pop(node_id, None)
                 return
@@ -303,8 +317,32 @@ class C4Master:
                 logger.exception("the watch of node %s's agent failed", node_id)
                 await asyncio.sleep(1.0)
 
+    async def _line_ended(self, node_id: str) -> None:
+        """The agent's process has ended: alone, or with its node?"""
+        if self._ended.is_set():
+            return
+        if await self._raylet_answers(node_id):
+            logger.warning("the agent of node %s died; its node lives", node_id)
+            self._core.agent_lost(node_id, time.monotonic())
+        else:
+            logger.warning("node %s is lost: neither agent nor raylet answer", node_id)
+            self._core.node_lost(node_id)
+
+    async def _raylet_answers(self, node_id: str) -> bool:
+        """Whether the node's raylet takes connections; when its address is unknown, the node counts as living."""
+        address = self._raylets.get(node_id)
+        if address is None:
+            return True
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection(*address), RAYLET_WAIT_S)
+        except (OSError, TimeoutError):
+            return False
+        writer.close()
+        return True
+
     async def _count_spares(self) -> None:
         nodes = await asyncio.to_thread(ray.nodes)
+        self._raylets = {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in nodes}
         used = self._core.generation.nodes if self._core.generation is not None else ()
         able = [node["NodeID"] for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
         self._core.spare_nodes = sum(node not in used and node not in self._core.quarantine for node in able)

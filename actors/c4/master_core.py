@@ -54,6 +54,7 @@ class _Node:
     reported_s: float = math.nan
     observed: Window | None = None
     lost_agent_s: float | None = None
+    gone: bool = False
     restarts: int = 0
     errors: int = 0
     cost_ms_per_s: float = 0.0
@@ -147,7 +148,8 @@ class MasterCore:
         if report.incarnation != node.incarnation:
             node.restarts += node.incarnation >= 0
             node.incarnation, node.lost_agent_s = report.incarnation, None
-        node.reported_s, node.cost_ms_per_s, node.errors = now_s, report.cost_ms_per_s, report.errors
+        node.gone, node.reported_s = False, now_s
+        node.cost_ms_per_s, node.errors = report.cost_ms_per_s, report.errors
         self._count_bytes(node, len(report.packed), now_s)
         self.version += self._fences.done(report.node_id, report.gone)
         number = self.generation.number if self.generation is not None else 0
@@ -194,6 +196,16 @@ class MasterCore:
         if node.lost_agent_s is None:
             node.lost_agent_s = now_s
 
+    def node_lost(self, node_id: str) -> None:
+        """The cluster says that the node is dead: nothing will come from it any more."""
+        self._nodes.setdefault(node_id, _Node()).gone = True
+
+    def agents_lost(self) -> tuple[str, ...]:
+        """Nodes whose agent's process ended and has not come back."""
+        return tuple(
+            node_id for node_id, node in self._nodes.items() if node.lost_agent_s is not None and not node.gone
+        )
+
     def worker(self, rank: int) -> Worker | None:
         """Of the current generation."""
         workers = self.generation.workers if self.generation is not None else ()
@@ -219,7 +231,11 @@ class MasterCore:
             if node is not None and node.observed is not None:
                 excused_s = node.lost_agent_s
                 silent = excused_s is not None and now_s - excused_s < self.settings.agent_restart_s
-                parts.append(node.observed.observation(now_s, aging=not silent, fresh=fresh))
+                part = node.observed.observation(now_s, aging=not silent or node.gone, fresh=fresh)
+                if node.gone:
+                    never = np.full(len(part.ranks.rank), np.inf, dtype=np.float32)
+                    part = replace(part, ranks=replace(part.ranks, report_age_s=never))
+                parts.append(part)
             elif now_s - self.began_s > self.settings.start_grace_s:
                 parts.append(_never_reported(self.generation, node_id, now_s - self.began_s))
         return merge(parts, now_s) if parts and number else None

@@ -95,7 +95,8 @@ class NodeReader:
 
     def glance(self, heartbeat_s: float) -> bool:
         """Whether a process is gone, stopped, or its heartbeat older than this: a hundredth of the cost of ``read``."""
-        return any([worker.glance(heartbeat_s) for worker in self._workers.values()])
+        ill = [worker.glance(heartbeat_s) for worker in self._workers.values()]  # a look at each
+        return any(ill)
 
     def with_blocks(self, observation: Observation) -> Observation:
         """The observation of the last ``read`` with the blocks that finished since the last call of this."""

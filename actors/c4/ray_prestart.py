@@ -25,14 +25,22 @@ _KEEP_ALIVE_S = 7 * 24 * 3600
 
 
 class WarmProcesses:
-    """Warm processes of one run, held by its controller. ``runtime_env``: that of the training workers."""
+    """Warm processes of one run, held by its controller. ``per_worker``: resources of a training worker."""
 
-    def __init__(self, runtime_env: Mapping[str, Any], per_worker: Mapping[str, float]):
-        self._runtime_env, self._per_worker = dict(runtime_env), per_worker
+    def __init__(self, per_worker: Mapping[str, float]):
+        self._per_worker = per_worker
         self._warm: Counter[str] = Counter()
         self._most_on_a_node = 1
         self._serialized = ""
         self._broken = False
+
+    @property
+    def knows_environment(self) -> bool:
+        return bool(self._serialized)
+
+    def environment(self, serialized: str) -> None:
+        """The training workers' runtime environment as one of them wrote it (``own_environment``)."""
+        self._serialized = serialized
 
     def used(self, nodes: Sequence[str]) -> None:
         """A generation's workers were placed: a node id each."""
@@ -43,11 +51,9 @@ class WarmProcesses:
 
     def fill(self) -> None:
         """Orders what is missing on every live node that can hold workers."""
-        if self._broken:
+        if self._broken or not self._serialized:
             return
         try:
-            serialized = self._serialized or self._environment_as_ray_writes_it()
-            self._serialized = serialized
             for node in ray.nodes():
                 if not node["Alive"]:
                     self._warm.pop(node["NodeID"], None)
@@ -55,17 +61,12 @@ class WarmProcesses:
                 fits = min(self._most_on_a_node, workers_that_fit(node["Resources"], self._per_worker))
                 missing = fits - self._warm[node["NodeID"]]
                 if missing > 0:
-                    prestart(node, missing, serialized)
+                    prestart(node, missing, self._serialized)
                     self._warm[node["NodeID"]] += missing
                     logger.info("%d warm worker processes ordered on node %s.", missing, node["NodeID"][:12])
         except Exception as error:  # a moved internal, a raylet that went meanwhile: restarts are slower, nothing else
             self._broken = isinstance(error, (ImportError, AttributeError, TypeError))
             logger.warning("Warm worker processes cannot be started (%s): restarts will import everything anew.", error)
-
-    def _environment_as_ray_writes_it(self) -> str:
-        """Ray compares environments as text, merged with the job's: let a process of this environment say it."""
-        probe = ray.remote(_own_environment).options(num_cpus=0, runtime_env=self._runtime_env)
-        return ray.get(probe.remote(), timeout=60)
 
 
 def prestart(node: Mapping[str, Any], count: int, serialized_runtime_env: str) -> None:
@@ -89,7 +90,8 @@ def prestart(node: Mapping[str, Any], count: int, serialized_runtime_env: str) -
         node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=5, metadata=metadata)
 
 
-def _own_environment() -> str:
+def own_environment() -> str:
+    """This process's runtime environment as Ray writes it: merged with the job's, and compared as text by the worker pool."""
     from ray._private.worker import global_worker
 
     environment = global_worker.runtime_env

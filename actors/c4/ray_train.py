@@ -33,7 +33,7 @@ from ray.train.v2._internal.execution.worker_group import worker_group as worker
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from actors.c4.ray_prestart import WarmProcesses
+from actors.c4.ray_prestart import WarmProcesses, own_environment
 from actors.c4.ray_train_worker import C4WorkerCallback
 from actors.c4.recovery import disk
 from actors.c4.recovery.failures import Cause, Failure, classify, needs_a_closer_look
@@ -138,7 +138,7 @@ class C4WorkerGroup(WorkerGroup):
         workers = self.get_workers()
         for worker in workers:
             ray.kill(worker.actor)
-        probes = [worker.actor.get_metadata.remote() for worker in workers]
+        probes: list[Any] = [worker.actor.get_metadata.remote() for worker in workers]
 
         def gone() -> bool:
             ready, alive = ray.wait(probes, num_returns=len(probes), timeout=0.2)
@@ -226,6 +226,8 @@ class _SupervisorCallback(ControllerCallback, WorkerGroupCallback, ReportCallbac
         self._supervisor.training()
         nodes = [worker.metadata.node_id for worker in worker_group.get_workers()]
         if self.warm is not None:
+            if not self.warm.knows_environment:
+                self.warm.environment(worker_group.execute_single(0, own_environment))
             self.warm.used(nodes)
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
@@ -272,7 +274,8 @@ class _SpareSynchronization:
             self._spare.get_counter.remote()
 
     def _make(self) -> Any:
-        return SynchronizationActor.options(**self._options).remote(**self._arguments)
+        actor_class: Any = SynchronizationActor
+        return actor_class.options(**self._options).remote(**self._arguments)
 
 
 class _LatePreemption(PreemptionCallback):
@@ -332,7 +335,9 @@ class C4CheckpointManager(CheckpointManager):
 
     def _fall_back_to_disk(self) -> None:
         """The newest checkpoint that is whole on disk becomes the latest; damaged ones are never chosen."""
-        by_time = sorted(self._checkpoint_results, key=lambda one: self._checkpoint_to_report_index[one.checkpoint])
+        by_time: list[Any] = sorted(
+            self._checkpoint_results, key=lambda one: self._checkpoint_to_report_index[one.checkpoint]
+        )
         for result in reversed(by_time):
             if disk.is_whole(result.checkpoint.filesystem, result.checkpoint.path):
                 self._latest_checkpoint_result = result
@@ -367,10 +372,7 @@ class C4Controller(TrainController):
         per_worker = scaling._resources_per_worker_not_none
         callback = _SupervisorCallback(supervisor, to_workers, per_worker)
         if keep_warm:
-            environment = WorkerGroup._get_worker_runtime_env(
-                controller["train_run_context"].run_config.worker_runtime_env
-            )
-            callback.warm = WarmProcesses(environment, per_worker)
+            callback.warm = WarmProcesses(per_worker)
         callback.spare_sync = _SpareSynchronization()
         setattr(worker_group_module, "SynchronizationActor", callback.spare_sync)  # noqa: B010 - in this controller's process only
         C4WorkerGroup.supervisor = supervisor

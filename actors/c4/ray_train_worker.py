@@ -37,6 +37,11 @@ class C4TrainContext(TrainContext):
 
     c4_tiers: CheckpointTiers
     c4_shares: ShareReader
+    _c4_ours: bool
+    """The report in progress goes through the tiers."""
+    _c4_in_memory: bool
+    """This rank's part of it is in the node's memory."""
+    _c4_states_put_back: bool
 
     def report(
         self,
@@ -121,8 +126,7 @@ class C4WorkerCallback(WorkerCallback):
         self.master_run = ""
 
     def after_init_train_context(self) -> None:
-        context = get_train_context()
-        plan = self.plans[context.get_world_rank()]
+        plan = self.plans[get_train_context().get_world_rank()]
         os.environ.update(self.environment)
         set_tiers(None)
         if not plan.settings.memory:
@@ -133,6 +137,8 @@ class C4WorkerCallback(WorkerCallback):
         else:
             made = CheckpointTiers(plan, lambda *part: keeper.put.remote(*part), _arrived)
         set_tiers(made)
+        # The loop and Ray Train hold this very object: it becomes C4's in place.
+        context: Any = get_train_context()
         context.__class__ = C4TrainContext
         context.c4_tiers = made
         context.c4_shares = ShareReader(self.master_run if plan.rank == 0 else "", plan.world_size)
@@ -166,13 +172,14 @@ class C4TorchConfig(TorchConfig):
 
 
 class _C4Backend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         if "c4" in (backend_config.backend or ""):
             worker_group.execute(_start_recording)
         super().on_start(worker_group, backend_config)
 
 
 def _start_recording() -> None:
+    from actors.c4.injection.hook import install_in_worker
     from actors.c4.recorder.backend import register_backend, start_recording
     from actors.c4.recorder.recorder import RecordingConfig
 
@@ -187,3 +194,4 @@ def _start_recording() -> None:
             directory=os.environ.get("SEXTANT_C4_DIR") or None,
         )
     )
+    install_in_worker()

@@ -21,8 +21,8 @@ class MonitorSettings:
     """The master judges this often."""
     window_blocks: int = 64
     """Finished blocks of each (group, rank) that the master holds."""
-    agent_restart_s: float = 15.0
-    """For so long after an agent's process ended, its silence is no sign of a lost node."""
+    agent_restart_s: float = 120.0
+    """For so long after an agent's process ended while its node lives, its silence is no sign of a lost node."""
     start_grace_s: float = 30.0
     """A node whose agent has not reported yet in a generation counts as silent after this."""
     raise_grace_s: float = 30.0

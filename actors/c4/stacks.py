@@ -48,5 +48,6 @@ def _py_spy(pid: int) -> tuple[str, str]:
     except OSError as error:
         return "", f"py-spy could not be started ({error.strerror})"
     if done.returncode != 0:
-        return "", f"py-spy failed ({(done.stderr.strip().splitlines() or ['no message'])[-1]})"
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        return "", f"py-spy failed ({next((line for line in lines if line.startswith('Error')), lines[0])})"
     return done.stdout, ""

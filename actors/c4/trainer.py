@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.c4.diagnosis.verdict import Verdict
+from actors.c4.injection.faults import ENVIRONMENT as INJECTION_VARIABLE
 from actors.c4.master import start_master, stop_master
 from actors.c4.ray_prestart import HOOK_VARIABLE
 from actors.c4.ray_train import C4TrainerBase, set_driver_environment, verify
@@ -73,17 +74,16 @@ class C4Trainer(C4TrainerBase):
     ):
         verify()
         set_driver_environment()
-        from ray.train import RunConfig
-
         self.c4 = c4 or C4Settings()
         self.c4_run = f"{(run_config and run_config.name) or 'train'}-{uuid.uuid4().hex[:8]}"
-        self._control_folder = ""
+        injection = self.c4.monitors.injection
+        self._control_folder = str(self._ring_folder() / f"control-{self.c4_run}") if injection else ""
         super().__init__(
             train_loop_per_worker,
             train_loop_config=train_loop_config,
             torch_config=torch_config or C4TorchConfig(backend="c4"),
             scaling_config=scaling_config,
-            run_config=run_config or RunConfig(),
+            run_config=run_config,
             datasets=datasets,
             dataset_config=dataset_config,
             validation_config=validation_config,
@@ -105,11 +105,10 @@ class C4Trainer(C4TrainerBase):
             return super().fit()
         ray.is_initialized() or ray.init()
         with self._monitored() as master:
-            scaling = self.scaling_config
             self.c4_controller_arguments = self._controller_arguments(Supervisor(self.c4_run, self.c4, master))
             self.c4_master = master
-            logger.info("C4 watches the run %s (%s workers).", self.c4_run, scaling.num_workers)
-            result = super().fit()
+            logger.info("C4 watches the run %s (%s workers).", self.c4_run, self.scaling_config.num_workers)
+            result: Any = super().fit()
             result.c4 = self.c4_outcome
             return result
 
@@ -126,7 +125,7 @@ class C4Trainer(C4TrainerBase):
     @contextlib.contextmanager
     def _monitored(self) -> Iterator[Any]:
         made = None if self.c4.folder else tempfile.mkdtemp(prefix="sextant-c4-")
-        scaling = self.scaling_config
+        scaling: Any = self.scaling_config
         handle = start_master(
             self.c4_run,
             self.c4.monitors,
@@ -139,8 +138,9 @@ class C4Trainer(C4TrainerBase):
             yield handle
         finally:
             stop_master(handle)
-            if made:
-                shutil.rmtree(made, ignore_errors=True)
+            for folder in (made, self._control_folder):
+                if folder:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _ring_folder(self) -> Path:
         from actors.c4.recorder.layout import default_directory
@@ -150,16 +150,19 @@ class C4Trainer(C4TrainerBase):
     def _controller_arguments(self, supervisor: Supervisor) -> dict[str, Any]:
         to_workers = C4WorkerCallback()
         to_workers.environment = {"SEXTANT_C4_RUN": self.c4_run, "SEXTANT_C4_DIR": str(self._ring_folder())}
+        if self._control_folder:
+            to_workers.environment = {**to_workers.environment, INJECTION_VARIABLE: self._control_folder}
         to_workers.master_run = self.c4_run
         if self.c4.warm_workers:
-            runtime_env = dict(self.run_config.worker_runtime_env or {})
+            run_config: Any = self.run_config
+            runtime_env = dict(run_config.worker_runtime_env or {})
             runtime_env["env_vars"] = {
                 **runtime_env.get("env_vars", {}),
                 HOOK_VARIABLE: "actors.c4.recovery.warm.preload",
                 PRELOAD_VARIABLE: preload_value(self.train_loop_per_worker, self.c4.preload),
                 "SEXTANT_C4_RUN": self.c4_run,
             }
-            self.run_config.worker_runtime_env = runtime_env
+            run_config.worker_runtime_env = runtime_env
         return {"supervisor": supervisor, "to_workers": to_workers, "keep_warm": self.c4.warm_workers}
 
 

@@ -47,7 +47,10 @@ def demo(config: C4Config) -> None:
     story = job.story()
     print_summary(story, job.chapters)
     named = sum(1 for one in job.trials if one.right)
-    summary = f"{settings.workers} workers train a network on handwritten digits; {len(job.trials)} faults were injected, {named} named rightly."
+    summary = (
+        f"{settings.workers} workers train a network on handwritten digits; {len(job.trials)} faults were injected, "
+        f"{named} named rightly."
+    )
     accuracy = job.last_metrics.get("accuracy")
     extra = {"accuracy": accuracy, "trials": [vars(one) for one in job.trials]}
     path = write_report(folder, story, job.chapters, title="C4: faults of four classes", summary=summary, extra=extra)
@@ -262,8 +265,8 @@ def _break_in_turn(job: _Job, settings: DemoConfig, console: Console) -> None:
         told = verdict.verdict
         job.moments.append(Moment(verdict.named_at, MomentKind.VERDICT, f"{told.kind.value}: {told.culprit}"))
         console.print(
-            f"    named after {trial.detection_s:.1f} s: [bold]{told.fault_class.value}[/bold], {told.kind.value}, {told.culprit} "
-            f"({'right' if trial.right else 'WRONG'}); {told.evidence[0] if told.evidence else ''}"
+            f"    named after {trial.detection_s:.1f} s: [bold]{told.fault_class.value}[/bold], {told.kind.value}, "
+            f"{told.culprit} ({'right' if trial.right else 'WRONG'}); {told.evidence[0] if told.evidence else ''}"
         )
         generation = ray.get(job.master.generation.remote()).number if verdict.action != "evict" else verdict.generation
         evicted = job.wait_for("the eviction", lambda: _evicted(job.master, seen))  # noqa: B023

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.c4.diagnosis.history import History, masked_median
+from actors.c4.diagnosis.history import History
 from actors.c4.diagnosis.layout import Layout, Places
 from actors.c4.diagnosis.observation import BLOCK_OPS, Observation
 from actors.c4.diagnosis.settings import DiagnosisSettings
@@ -63,8 +63,8 @@ def connection_suspicions(
         (layout.role[group] * (int(layout.size.max(initial=0)) + 1) + layout.size[group]) * 2 + across,
         return_inverse=True,
     )[1].reshape(-1)
-    (delay, size), block = kept.by_age(label)
-    per_op = masked_median(size, block >= 0).astype(np.float64)
+    delay, block = kept.by_age(0, label)
+    per_op = kept.latest(1).astype(np.float64)
     floor = settings.share_floor * np.nan_to_num(interval) / np.maximum(per_op, 1.0)
     trend = trend_of(delay, block, BLOCK_OPS * interval, label, layout.role[group], floor, step_s, settings)
     if not trend.slow.any():
@@ -123,7 +123,8 @@ def _explain(cells, trend, places, now_s, interval):  # type: ignore[no-untyped-
         hot = members[cells.hot[members]]
         began = max(float(trend.streak[row] * BLOCK_OPS * interval[row]) for row in cells.row[hot])
         young = ~cells.hot[members] & ((cells.decide_s[members] > began) | cells.near[members])
-        if len(hot) == len(members):
+        # Of a node's many connections some may hide behind their noise; of a rank's few none.
+        if len(hot) == len(members) or (len(members) >= 8 and len(hot) >= 0.85 * len(members)):
             yield kind, members, not undecided[members].any()
             left[members] = False
         elif len(hot) + int(young.sum()) == len(members):

@@ -30,7 +30,7 @@ class History:
     """[N], ascending."""
     newest: NDArray[np.int64]
     """[N]: number of the newest block."""
-    block: NDArray[np.int64]
+    block: NDArray[np.int32]
     """[N, W]: number of the block that lies in a place; -1 for none."""
     values: NDArray[np.float32]
     """[V, N, W]."""
@@ -80,8 +80,10 @@ class History:
         np.maximum.at(newest, place, block)
         return History(known.keys, newest, numbers, table), True
 
-    def by_age(self, label: NDArray[np.int64] | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """([V, N, W], [N, W]): values and block numbers, the newest first; nan and -1 where a block is missing.
+    def by_age(
+        self, value: int, label: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """([N, W], [N, W]): one of the values, and block numbers, the newest first; nan and -1 where a block is missing.
 
         With ``label`` [N] a column holds the same block of all series of one label (what is behind lacks the first columns).
         """
@@ -91,12 +93,16 @@ class History:
             front = np.full(int(label.max()) + 1, -1, dtype=np.int64)
             np.maximum.at(front, label, newest)
             newest = front[label]
-        wanted = newest[:, None] - np.arange(width)
-        column = wanted % width
-        present = (np.take_along_axis(self.block, column, axis=1) == wanted) & (wanted >= 0)
-        values = np.stack([np.take_along_axis(one, column, axis=1) for one in self.values])
-        values[:, ~present] = np.nan
-        return values, np.where(present, wanted, -1)
+        wanted = (newest[:, None] - np.arange(width)).astype(np.int32)
+        # One flat gather: several times as fast as take_along_axis.
+        place = (wanted % width) + (np.arange(len(newest), dtype=np.int32) * width)[:, None]
+        present = (self.block.ravel()[place] == wanted) & (wanted >= 0)
+        values = np.where(present, self.values[value].ravel()[place], np.float32(np.nan))
+        return values, np.where(present, wanted, np.int32(-1))
+
+    def latest(self, value: int) -> NDArray[np.float32]:
+        """[N]: one of the values in each series' newest block."""
+        return self.values[value][np.arange(len(self.newest)), self.newest % self.block.shape[1]]
 
     def chosen(self, rows: NDArray[np.int64]) -> History:
         """Some of the series."""
@@ -107,7 +113,7 @@ class History:
         place = np.searchsorted(merged, self.keys)
         width = self.block.shape[1]
         newest = np.full(len(merged), -1, dtype=np.int64)
-        block = np.full((len(merged), width), -1, dtype=np.int64)
+        block = np.full((len(merged), width), -1, dtype=np.int32)
         values = np.full((len(self.values), len(merged), width), np.nan, dtype=np.float32)
         newest[place], block[place], values[:, place] = self.newest, self.block, self.values
         return History(merged, newest, block, values)
@@ -118,7 +124,7 @@ def no_history(values: int, width: int) -> History:
     return History(
         np.empty(0, np.int64),
         np.empty(0, np.int64),
-        np.empty((0, width), np.int64),
+        np.empty((0, width), np.int32),
         np.empty((values, 0, width), np.float32),
     )
 

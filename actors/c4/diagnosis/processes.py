@@ -78,6 +78,8 @@ def _lost_nodes(observation, layout, places, waited, hang_s, still_s, settings, 
     lost |= (quiet > settings.node_silent_s) & ((longest > 0) | (still_s > settings.node_silent_s))
     silent = quiet > settings.stale_report_s
     doubtful[rows.rank[silent[rows.node]]] = True
+    if count > 1 and 2 * np.count_nonzero(silent & np.isfinite(quiet)) > count:
+        lost &= np.isinf(quiet)  # most are silent at once: the one who listens is starved or cut off, not they
     found = []
     for node in np.flatnonzero(lost):
         ranks = tuple(sorted(int(rank) for rank in rows.rank[rows.node == node]))

@@ -44,7 +44,7 @@ class DiagnosisSettings:
     past_blocks: int = 6
     """Blocks of a healthy past that calibrate a rank or a connection."""
     deviations: float = 5.0
-    """Present above the past by this many standard deviations (1.4826 MAD) of a block ..."""
+    """Present (a median over blocks) above the past by this many of its standard deviations (from 1.4826 MAD) ..."""
     own_ratio: float = 1.25
     """... and by this factor; both relative to its like in the same blocks (what slows all is no rank's fault)."""
     disagreement: float = 3.0

@@ -24,10 +24,12 @@ def block_seconds(history: History) -> NDArray[np.float64]:
 
     What a rank spent in all its groups together is its time; a group's blocks are spread over it.
     """
-    spent = BLOCK_OPS * np.nanmean(np.where(history.block >= 0, history.values[0] + history.values[1], np.nan), axis=1)
+    there = history.block >= 0
+    both = np.where(there, history.values[0] + history.values[1], np.float32(0))
+    spent = BLOCK_OPS * both.sum(axis=1, dtype=np.float64) / np.maximum(there.sum(axis=1), 1)
     count = history.newest + 1.0
     rank = history.first
-    total = np.bincount(rank, weights=np.nan_to_num(spent) * count, minlength=int(rank.max(initial=0)) + 1)
+    total = np.bincount(rank, weights=spent * count, minlength=int(rank.max(initial=0)) + 1)
     return total[rank] / np.maximum(count, 1.0)
 
 
@@ -54,7 +56,7 @@ def work_suspicions(
     kept, group = history.chosen(keep), place[keep]
     rank = kept.first
     label = like_labels(layout, group, rank)
-    (work, wait), block = kept.by_age(label)
+    work, block = kept.by_age(0, label)
     expert, pipeline = layout.has_role(EXPERT)[group], layout.has_role(PIPELINE)[group]
     interval = block_s[keep] / BLOCK_OPS
     trend = trend_of(
@@ -66,7 +68,7 @@ def work_suspicions(
         return [], []
 
     recent = (block >= 0) & (np.arange(block.shape[1]) < trend.recent[:, None])
-    own_wait = masked_median(wait, recent)
+    own_wait = masked_median(kept.by_age(1, label)[0], recent)
     mates_wait, mates = median_of_others(np.where(pipeline, np.nan, own_wait), group)
     held_s = np.where(mates > 0, mates_wait - own_wait, np.nan)
     excess = trend.present - trend.normal
@@ -93,25 +95,22 @@ def like_labels(layout: Layout, group: NDArray[np.int64], rank: NDArray[np.int64
     With data-parallel groups: same role, same data-parallel group, and for pairs (pipeline) the same two stages. Without: the
     same group; a pipeline's stages are then like nobody.
     """
-    role = layout.role[group]
+    # Data-parallel groups get small numbers, so that a label is one integer.
+    groups, stage = np.unique(layout.data_group, return_inverse=True)
+    stage, count = stage.reshape(-1), len(groups) + 1
     data = layout.data_group[rank]
-    first = np.array([one.ranks[0] if one.ranks else 0 for one in layout.groups], dtype=np.int64)
-    last = np.array([one.ranks[-1] if one.ranks else 0 for one in layout.groups], dtype=np.int64)
-    ends = np.stack([layout.data_group[first[group]], layout.data_group[last[group]]])
     pair = layout.has_role(PIPELINE)[group]
-    ends[:, ~pair] = -1
-    count = len(layout.groups) + 1
+    ends = np.full((2, len(group)), count - 1)
+    firsts = np.array([one.ranks[0] if one.ranks else 0 for one in layout.groups], dtype=np.int64)
+    lasts = np.array([one.ranks[-1] if one.ranks else 0 for one in layout.groups], dtype=np.int64)
+    ends[0, pair], ends[1, pair] = stage[firsts[group[pair]]], stage[lasts[group[pair]]]
+    by_stage = ((layout.role[group] * count + stage[rank]) * count + ends[0]) * count + ends[1]
     # Where the data-parallel group is too small for a comparison, the members of the group are the like.
     lonely = (data < 0) | (layout.size[np.maximum(data, 0)] < 3)
-    by_group = count**2 * 8 + group * 2
-    by_stage = ((role * count + data) * count + ends[0]) * count + ends[1]
-    _, label = np.unique(
-        np.stack([np.where(lonely & ~pair, -1, role), np.where(lonely & ~pair, by_group, by_stage)]),
-        axis=1,
-        return_inverse=True,
-    )
-    label = label.reshape(-1)
-    return np.where(lonely & pair & (data < 0), label.max(initial=0) + 1 + np.arange(len(label)), label)
+    label = np.where(lonely & ~pair, -1 - group, by_stage)
+    alone = lonely & pair & (data < 0)
+    label[alone] = by_stage.max(initial=0) + 1 + np.arange(int(alone.sum()))
+    return np.unique(label, return_inverse=True)[1].reshape(-1)
 
 
 def _by_node(best, near, trend, history, layout, places, group, held, interval, now_s):  # type: ignore[no-untyped-def]

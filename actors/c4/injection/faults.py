@@ -86,7 +86,7 @@ class Fault:
     peer: int | None = None
     """Receiver of a link; None: the next rank of the ring."""
     factor: float = 3.0
-    """Of SLOW_COMPUTE: work takes this many times as long; of SLOW_LINK without a rate: the connection's usual speed over it."""
+    """Of SLOW_COMPUTE: work takes this many times as long; of SLOW_LINK without a rate: a step does."""
     rate_bytes_per_s: float | None = None
     duration_s: float | None = None
     """None: until it is stopped."""

@@ -59,10 +59,25 @@ def enabled() -> Path | None:
     return Path(folder) if folder else None
 
 
-def install_if_enabled(group_class: type, last_mark: LastMark) -> Hook | None:
-    """``install`` when the environment asks for it."""
+def install_in_worker() -> Hook | None:
+    """Listen when the environment asks for it; call it in a worker at any time before or after its groups are made."""
     folder = enabled()
-    return install(folder, group_class, last_mark) if folder is not None else None
+    if folder is None:
+        return None
+    from actors.c4.recorder.backend import recorder
+    from actors.c4.recorder.group import C4Group
+
+    marks: dict[Path, LastMark] = {}
+
+    def mark() -> int:
+        current = recorder()
+        if current is None or current.path is None:
+            return 0
+        if current.path not in marks:
+            marks[current.path] = ring_mark(current.path)
+        return marks[current.path]()
+
+    return install(folder, C4Group, mark)
 
 
 def install(folder: Path, group_class: type, last_mark: LastMark) -> Hook:

@@ -107,28 +107,31 @@ def inject(fault: Fault, target: Target, folder: Path, wait_s: float = ANSWER_WA
     elif fault.name is FaultName.STALLED_LINK:
         _with_links(target, lambda links: links.stall(_peer(fault)))
     elif fault.name is FaultName.SLOW_LINK:
-        rate = fault.rate_bytes_per_s or usual_rate(target) / fault.factor
+        rate = fault.rate_bytes_per_s or pacing_rate(target, fault.factor)
         _with_links(target, lambda links: links.pace(_peer(fault), max(1, int(rate))))
     return Injected(fault, target, time.monotonic_ns(), folder, former)
 
 
-def usual_rate(target: Target) -> float:
-    """Bytes per second of what this worker receives: the median over its recorded operations.
+def pacing_rate(target: Target, factor: float) -> float:
+    """Bytes per second to which a link must be held so that the job takes about ``factor`` times as long.
 
-    Connections of one job are alike, and only a receiver's stamps tell a connection's speed, so the worker's own incoming
-    connection stands for its outgoing one.
+    Every connection of a ring carries the same bytes, so what this worker receives in a second is what it sends; held to
+    1/(factor - 1) of that, the link adds factor - 1 seconds to every second of training (less where transfers overlap work).
 
     Raises:
-        InjectionError: the ring tells of no transfer.
+        InjectionError: the ring tells of no traffic.
     """
     with _ring(target) as reader:
-        edges = reader.read().edges
-    mine = edges[(edges["destination"] == target.rank) & (edges["transfer_ns"] > 0) & (edges["bytes"] >= 65536)]
-    if not len(mine):
+        snapshot = reader.read()
+    done = snapshot.operations[snapshot.operations["end_ns"] > 0][-64:]
+    edges = snapshot.edges[np.isin(snapshot.edges["op_id"], done["op_id"])]
+    received = int(edges["bytes"][edges["destination"] == target.rank].sum())
+    if received < 1 or len(done) < 2:
         raise InjectionError(
-            f"Rank {target.rank} has received nothing yet by which a link's speed is known: give a rate."
+            f"Rank {target.rank} has received nothing yet by which a link's load is known: give a rate."
         )
-    return float(np.median(mine["bytes"] / (mine["transfer_ns"] / 1e9)))
+    spans_s = (int(done["end_ns"].max()) - int(done["enter_ns"].min())) / 1e9
+    return received / spans_s / max(factor - 1, 0.01)
 
 
 def successor(target: Target) -> int:

@@ -1,12 +1,14 @@
-"""NCCL operations: start and end from CUDA events that one thread polls, so that no stream and no device ever waits for a record.
+"""NCCL operations: one thread polls whether they have begun and ended, so that no stream, device or caller ever waits for a record.
 
-An event's own time is on the device's clock and comes without a host time; so a poll's host time is taken when an event is first
-seen done (late by one polling interval at most), and the span between the events, which the device measured, dates the start.
+The begin is an event on the stream that the operation was called on, the end is the work's own (``is_completed`` queries NCCL's end
+event; waiting for a work, even on another stream, would release the tensors that it holds). Both are late by a polling interval
+at most; where NCCL times its works (``TORCH_NCCL_ENABLE_TIMING``, set here), the device's own duration dates the start.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -31,15 +33,13 @@ class Event(Protocol):
 
     def query(self) -> bool: ...
 
-    def elapsed_time(self, end: Any) -> float: ...
-
 
 class EventWatcher:
-    """Stamps operations between two events of a stream. The thread starts with the first and ends with ``close``."""
+    """Stamps operations of a device. The thread starts with the first operation and ends with ``close``."""
 
     def __init__(self, ring: RingWriter, new_event: Callable[[], Event], poll_s: float = POLL_S):
         self._ring, self._new_event, self._poll_s = ring, new_event, poll_s
-        self._open: list[tuple[int, Event, Event]] = []
+        self._open: list[tuple[int, Event, Any]] = []
         self._spare: list[Event] = []
         self._lock = threading.Lock()
         self._something = threading.Event()
@@ -47,21 +47,17 @@ class EventWatcher:
         self._thread: threading.Thread | None = None
 
     def run(self, op_id: int, call: Callable[[], Any]) -> Any:
-        """Enqueue an operation on the current stream between two events; returns what ``call`` returns, at once.
-
-        The closing event stands on the stream that the operation's caller would wait on: it is recorded after the work has been
-        told to block that stream (``block_current_stream`` or a copy of its end event), never by waiting on the host.
-        """
-        before, after = self._event(), self._event()
-        before.record()
+        """Enqueue an operation on the current stream; returns its work, at once. Raises what ``call`` raises."""
+        with self._lock:
+            begin = self._spare.pop() if self._spare else self._new_event()
+        begin.record()
         try:
             work = call()
         except BaseException:
             self._ring.end(op_id, OpFlag.FAILED)
             raise
-        _record_after(work, after)
         with self._lock:
-            self._open.append((op_id, before, after))
+            self._open.append((op_id, begin, work))
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._watch, name="c4-cuda-events", daemon=True)
                 self._thread.start()
@@ -74,22 +70,27 @@ class EventWatcher:
             current = list(self._open)
         ended = []
         for entry in current:
-            op_id, before, after = entry
+            op_id, begin, work = entry
             try:
-                if after.query():
-                    now = monotonic_ns()
-                    self._ring.stamp(op_id, now - int(before.elapsed_time(after) * 1e6), now)
-                    ended.append(entry)
-                elif before.query():
+                if begin.query():
                     self._ring.start(op_id)
-            except RuntimeError as error:  # the device is lost: its owner meets the error at the next call
-                logger.warning("A CUDA event cannot be read: %s", error)
+                if work.is_completed():
+                    now = monotonic_ns()
+                    duration_ns = _duration_ns(work)
+                    if duration_ns:
+                        self._ring.stamp(op_id, now - duration_ns, now)
+                    else:
+                        self._ring.start(op_id)
+                        self._ring.end(op_id)
+                    ended.append(entry)
+            except RuntimeError as error:  # the device or the communicator is lost: its owner meets the error itself
+                logger.warning("A CUDA operation cannot be watched any longer: %s", error)
                 self._ring.end(op_id, OpFlag.FAILED)
                 ended.append(entry)
         with self._lock:
             for entry in ended:
                 self._open.remove(entry)
-                self._spare += entry[1:]
+                self._spare.append(entry[1])
             return len(self._open)
 
     def close(self) -> None:
@@ -109,15 +110,12 @@ class EventWatcher:
                 if not self._open:
                     self._something.wait(_IDLE_S)
 
-    def _event(self) -> Event:
-        with self._lock:
-            return self._spare.pop() if self._spare else self._new_event()
-
 
 def nccl_group(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     """NCCL for the CUDA tensors of a group."""
     from torch.distributed import ProcessGroupNCCL
 
+    os.environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
     return ProcessGroupNCCL(store, rank, size, options)
@@ -131,29 +129,13 @@ def event_watcher(recorder: Recorder) -> EventWatcher:
     import torch
 
     if recorder not in _watchers:
-        _watchers[recorder] = EventWatcher(recorder.ring, lambda: torch.cuda.Event(enable_timing=True))
+        _watchers[recorder] = EventWatcher(recorder.ring, torch.cuda.Event)
     return _watchers[recorder]
 
 
-def _record_after(work: Any, after: Event) -> None:
-    """Record ``after`` behind the work, on a side stream, so that the caller's own stream does not wait for the work."""
-    import torch
-
-    if not torch.cuda.is_available() or work is None:
-        after.record()
-        return
-    side = _side_stream(torch.cuda.current_device())
-    with torch.cuda.stream(side):
-        work.wait()  # enqueues a wait on the side stream; the host goes on
-        after.record()
-
-
-_side_streams: dict[int, Any] = {}
-
-
-def _side_stream(device: int) -> Any:
-    import torch
-
-    if device not in _side_streams:
-        _side_streams[device] = torch.cuda.Stream(device)
-    return _side_streams[device]
+def _duration_ns(work: Any) -> int:
+    """What the device measured; 0 where it was not asked to."""
+    try:
+        return int(work._get_duration() * 1e6)
+    except (AttributeError, RuntimeError):
+        return 0

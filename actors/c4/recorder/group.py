@@ -129,7 +129,14 @@ class C4Group(_ProcessGroup):
         entry[1] += 1
         peer = -1 if source < 0 else ends[-1 if op is OpType.SEND else 0]
         return self.recorder.ring.enter(
-            entry[0], entry[1], op, element_type(tensors), total_bytes(tensors), peer, OpFlag.ASYNC
+            entry[0],
+            entry[1],
+            op,
+            element_type(tensors),
+            total_bytes(tensors),
+            peer,
+            OpFlag.ASYNC,
+            self.cuda_inner is None,
         )
 
     def _inner(self, tensors: list[torch.Tensor]) -> Any:
@@ -233,6 +240,7 @@ class C4Group(_ProcessGroup):
         op_id = self.recorder.ring.enter(
             self.communicator, self.next_sequence(), op, element_type(tensors), total_bytes(tensors),
             self.ranks[root] if 0 <= root < len(self.ranks) else -1, OpFlag.ASYNC if _is_async(opts) else 0,
+            self.cuda_inner is None,
         )  # fmt: skip
         return self._run(op_id, tensors, call)
 
@@ -258,7 +266,9 @@ class C4Group(_ProcessGroup):
         opts = _options(dist.ReduceScatterOptions, opts, "reduceOp")
         if len(outputs) == len(inputs) == 1:
             return self.reduce_scatter_single(outputs[0], inputs[0], opts)
-        return JoinedWork([self.reduce_scatter_single(out, one, opts) for out, one in zip(outputs, inputs, strict=True)])
+        return JoinedWork(
+            [self.reduce_scatter_single(out, one, opts) for out, one in zip(outputs, inputs, strict=True)]
+        )
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 

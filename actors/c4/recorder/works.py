@@ -35,8 +35,11 @@ class RecordedWork(Work):
         """Whether it has ended; stamps the end when it has."""
         if not self._work.is_completed():
             return False
-        # A gloo work that failed is complete too.
-        self._ring.end(self._op_id, OpFlag.FAILED if _failed(self._work) else 0)
+        try:
+            self._work.wait()  # of a complete work: at once, and raises when it failed
+            self._ring.end(self._op_id)
+        except RuntimeError:
+            self._ring.end(self._op_id, OpFlag.FAILED)
         return True
 
     def is_completed(self) -> bool:
@@ -146,7 +149,9 @@ class JoinedWork(Work):
         self._works = works
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        return all([work.wait(timeout) for work in self._works])
+        for work in self._works:
+            work.wait(timeout)
+        return True
 
     def is_completed(self) -> bool:
         return all(work.is_completed() for work in self._works)
@@ -162,10 +167,3 @@ class JoinedWork(Work):
 
     def synchronize(self) -> None:
         self.wait()
-
-
-def _failed(work: Any) -> bool:
-    try:
-        return not work.is_success()
-    except RuntimeError:  # this torch's gloo does not tell
-        return False

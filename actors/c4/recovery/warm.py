@@ -25,6 +25,20 @@ def preload() -> None:
             importlib.import_module(name)
         except Exception as error:  # whatever a module's body raises: the loop will show it to the user
             logger.warning("The module %s cannot be imported ahead of time: %s", name, error)
+    try:
+        _rehearse()
+    except Exception as error:  # a torch that lacks a part of this: nothing is lost but time
+        logger.warning("A warm worker process could not rehearse a step: %s", error)
+
+
+def _rehearse() -> None:
+    """The first optimizer and the first backward of a process import seconds' worth of torch (its compiler); draws no numbers."""
+    import torch
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adam([weight])
+    (weight * weight).sum().backward()
+    optimizer.step()
 
 
 def modules_of(loop: Callable[..., Any]) -> list[str]:

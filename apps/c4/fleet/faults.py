@@ -117,13 +117,15 @@ def _link(shape: Shape, rng: np.random.Generator, rank: int) -> tuple[tuple[int,
     return (rank, to), data
 
 
-def draw_pair(shape: Shape, rng: np.random.Generator) -> tuple[FleetFault, FleetFault]:
-    """Two faults of different classes on different nodes: at most one of them a hang, since a job stops at the first."""
+def draw_pair(
+    shape: Shape, rng: np.random.Generator, slowdown: tuple[float, float] = (1.5, 4.0)
+) -> tuple[FleetFault, FleetFault]:
+    """Two faults of different classes on different nodes. A slow one has gone on for some steps when a hang strikes."""
     names = list(CLASSES)
     while True:
         first, second = rng.choice(len(names), size=2, replace=False)
         kinds = [CLASSES[names[index]] for index in (first, second)]
-        pair = tuple(draw_fault(shape, rng, options[int(rng.integers(len(options)))]) for options in kinds)
+        pair = tuple(draw_fault(shape, rng, options[int(rng.integers(len(options)))], slowdown) for options in kinds)
         nodes = [{rank // GPUS_PER_NODE for rank in (fault.link or fault.ranks)} for fault in pair]
         if not nodes[0] & nodes[1]:
             return pair  # type: ignore[return-value]

@@ -134,15 +134,17 @@ class Shape:
 
 
 def shape_for(ranks: int, expert: bool = False) -> Shape:
-    """A shape of a usual kind with that many ranks: tensor 8, pipeline 8 or what divides.
+    """A shape of a usual kind with that many ranks: tensor 8, pipeline 8 or what divides, data at least 4.
 
     Raises:
-        ValueError: the number is not a multiple of 64.
+        ValueError: there is none.
     """
-    if ranks < 64 or ranks % 64:
-        raise ValueError(f"The simulator takes a multiple of 64 ranks, at least 64; not {ranks}.")
     nodes = ranks // 8
-    pipeline = next(p for p in (8, 10, 5, 4, 2) if nodes % p == 0 and nodes // p >= 4)
+    pipeline = next((p for p in (8, 10, 5, 4, 2) if nodes % p == 0 and nodes // p >= 4), 0)
+    if ranks < 64 or ranks % 8 or not pipeline:
+        raise ValueError(
+            f"The simulator takes at least 64 ranks in an even number of nodes of 8, such as 64, 1024 or 10000; not {ranks}."
+        )
     data = nodes // pipeline
     return Shape(data=data, tensor=8, pipeline=pipeline, expert=_expert(data) if expert else 1)
 
