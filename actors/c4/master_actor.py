@@ -37,7 +37,9 @@ from actors.c4.wire import UnknownGroups, Unpacker
 logger = logging.getLogger("sextant.c4.master")
 
 NAMESPACE = "sextant_c4"
-SUPERVISE_S = 0.5
+SUPERVISE_S = 0.25
+SILENT_S = 0.6
+"""A node that says nothing for so long is asked whether its raylet lives: an agent may be starved on a busy host."""
 SPARE_NODES_S = 5.0
 RAYLET_WAIT_S = 0.5
 
@@ -290,10 +292,9 @@ class C4Master:
             )
             agent = self._agents[node_id] = _Agent(handle)
             agent.watch = asyncio.get_running_loop().create_task(self._watch(node_id, handle))
-        for node_id in self._core.agents_lost():
-            if not await self._raylet_answers(node_id):
-                logger.warning("node %s is lost: its raylet does not answer", node_id)
-                self._core.node_lost(node_id)
+        silent = self._core.silent_nodes(now, SILENT_S)
+        for node_id in (*silent, *self._core.agents_lost()):
+            await self._line_ended(node_id)
         self._export()
 
     async def _watch(self, node_id: str, handle: Any) -> None:
@@ -318,11 +319,12 @@ class C4Master:
                 await asyncio.sleep(1.0)
 
     async def _line_ended(self, node_id: str) -> None:
-        """The agent's process has ended: alone, or with its node?"""
+        """The agent's process has ended, or says nothing: alone, or with its node?"""
         if self._ended.is_set():
             return
         if await self._raylet_answers(node_id):
-            logger.warning("the agent of node %s died; its node lives", node_id)
+            if node_id not in self._core.agents_lost():
+                logger.warning("the agent of node %s died or is held up; its node lives", node_id)
             self._core.agent_lost(node_id, time.monotonic())
         else:
             logger.warning("node %s is lost: neither agent nor raylet answer", node_id)

@@ -55,6 +55,8 @@ class _Node:
     observed: Window | None = None
     lost_agent_s: float | None = None
     gone: bool = False
+    late_s: float = 0.0
+    """The master's own lateness when the newest report came."""
     restarts: int = 0
     errors: int = 0
     cost_ms_per_s: float = 0.0
@@ -88,6 +90,9 @@ class MasterCore:
     _memory: Any = None
     _pace: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=240))
     """(time, median operation) once a second or less."""
+    _judged_s: float = math.nan
+    _late_s: float = 0.0
+    """How much later than due this master has judged, summed up: what it slept through is no silence of others."""
     _active: dict[Key, NumberedVerdict] = field(default_factory=dict)
 
     # ---- generations
@@ -109,6 +114,7 @@ class MasterCore:
         self._fences.spare(generation)
         self.generation, self.state, self.began_s = generation, "watching", now_s
         self._memory, self._active, self.quiet_until_s = None, {}, -math.inf
+        self._judged_s = math.nan
         self._stacks_wanted = {}
         self._pace.clear()
         for node in self._nodes.values():
@@ -147,8 +153,8 @@ class MasterCore:
         node = self._nodes.setdefault(report.node_id, _Node())
         if report.incarnation != node.incarnation:
             node.restarts += node.incarnation >= 0
-            node.incarnation, node.lost_agent_s = report.incarnation, None
-        node.gone, node.reported_s = False, now_s
+            node.incarnation = report.incarnation
+        node.gone, node.lost_agent_s, node.reported_s = False, None, now_s
         node.cost_ms_per_s, node.errors = report.cost_ms_per_s, report.errors
         self._count_bytes(node, len(report.packed), now_s)
         self.version += self._fences.done(report.node_id, report.gone)
@@ -159,6 +165,7 @@ class MasterCore:
             if node.observed is None:
                 node.observed = Window(self.settings.window_blocks)
             node.observed.take(observation, now_s)
+            node.late_s = self._late_s
             accepted = True
         workers: tuple[Worker, ...] = ()
         if self.generation is not None and self.state != "ended":
@@ -200,6 +207,18 @@ class MasterCore:
         """The cluster says that the node is dead: nothing will come from it any more."""
         self._nodes.setdefault(node_id, _Node()).gone = True
 
+    def silent_nodes(self, now_s: float, for_s: float) -> tuple[str, ...]:
+        """Nodes of the generation of which nothing has come for so long, and nothing is known that would explain it."""
+        nodes = self.generation.nodes if self.generation is not None and self.state == "watching" else ()
+        return tuple(
+            node_id
+            for node_id in nodes
+            if (node := self._nodes.get(node_id)) is not None
+            and node.lost_agent_s is None
+            and not node.gone
+            and now_s - (self._late_s - node.late_s) - node.reported_s > for_s
+        )
+
     def agents_lost(self) -> tuple[str, ...]:
         """Nodes whose agent's process ended and has not come back."""
         return tuple(
@@ -231,7 +250,8 @@ class MasterCore:
             if node is not None and node.observed is not None:
                 excused_s = node.lost_agent_s
                 silent = excused_s is not None and now_s - excused_s < self.settings.agent_restart_s
-                part = node.observed.observation(now_s, aging=not silent or node.gone, fresh=fresh)
+                awake_s = now_s - (self._late_s - node.late_s)
+                part = node.observed.observation(awake_s, aging=not silent or node.gone, fresh=fresh)
                 if node.gone:
                     never = np.full(len(part.ranks.rank), np.inf, dtype=np.float32)
                     part = replace(part, ranks=replace(part.ranks, report_age_s=never))
@@ -247,6 +267,10 @@ class MasterCore:
         """
         if self.state != "watching" or self.generation is None:
             return ()
+        due_s = 2 * self.settings.diagnose_s
+        if not math.isnan(self._judged_s):
+            self._late_s += max(0.0, now_s - self._judged_s - due_s)
+        self._judged_s = now_s
         observation = self.observation(now_s, fresh=True)
         if observation is None:
             return ()

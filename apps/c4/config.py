@@ -1,10 +1,11 @@
-"""Configuration of the c4 app: limits of the offline diagnosis, the demo, Ray."""
+"""Configuration of the c4 app: limits of the offline diagnosis, the demo, the month's assumptions, Ray."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
 from actors.cluster.session import RayConfig
+from apps.c4.fleet.month import MonthConfig
 from apps.program.config import Config
 
 
@@ -42,4 +43,5 @@ class C4Config(Config):
 
     dumps: DumpConfig = DumpConfig()
     demo: DemoConfig = DemoConfig()
+    month: MonthConfig = MonthConfig()
     ray: RayConfig = RayConfig()

@@ -53,7 +53,7 @@ def show_month(config: MonthConfig, folder: RunFolder, measured: Path | None = N
 
 
 def month_rows(months: Mapping[str, Sequence[Month]]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the table: per cent of the month by row and arm, the interval, and how many times as much the default loses."""
+    """Columns and rows of the table: per cent of the month by row and arm, interval, and the default's over ours."""
     columns = ["", *(part for name in NAMES.values() for part in (f"{name}, %", "5 to 95 %")), "ratio"]
     rows: list[list[Any]] = []
     for label, pick in [

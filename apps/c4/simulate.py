@@ -68,7 +68,8 @@ def simulate(
         said = "; ".join(f"{verdict.kind.value} {verdict.culprit}" for verdict in trial.verdicts) or "nothing"
         print(f"wrong: {' and '.join(map(str, trial.faults))}: named {said}")
     folder = new_run_folder("c4", out)
-    folder.write_result({"plan": plan, "accuracy": result.accuracy, "trials": len(result.trials), "false_alarms": result.false_alarms,
+    folder.write_result({"plan": plan, "accuracy": result.accuracy, "trials": len(result.trials),
+                         "false_alarms": result.false_alarms,
                          "confusion": {" -> ".join(key): count for key, count in result.confusion().items()},
                          "wrong": [{"faults": trial.faults, "verdicts": trial.verdicts} for trial in wrong]})  # fmt: skip
     report = Report("C4: a simulated fleet", f"{len(result.trials)} trials, {result.accuracy:.1%} right")
@@ -104,7 +105,7 @@ def confusion_rows(result: CampaignResult) -> tuple[list[str], list[list[Any]]]:
 
 
 def example_pictures(seed: int) -> Sequence[tuple[str, Any, str]]:
-    """(heading, figure, caption): the delay matrix of a slow sender and the waiting chain of a stuck rank, in a job of 64 ranks."""
+    """(heading, figure, caption): delay matrix of a slow sender and waiting chain of a stuck rank, in a job of 64 ranks."""
     from apps.c4.pictures import delay_matrix_figure, waiting_chain_figure
 
     shape = shape_for(64)
@@ -119,15 +120,16 @@ def example_pictures(seed: int) -> Sequence[tuple[str, Any, str]]:
 
     stuck = FleetFault(Injected.STUCK, (culprit,), wave=3)
     clock = job.clock.fork(1, seed)
+    free = clock.free
     step = clock.step(effects_of(shape, [[stuck]]))
-    onset = onset_of(shape, step, 0, stuck)
+    onset = onset_of(shape, free, step, 0, stuck)
     now = (onset or float(job.clock.free.max())) + 8 * job.step_s
     seen = job.reporter.observe(
         0, now, job.last, step, job.steps - 1, job.step_s, struck=[Struck(stuck, onset or now)], links=True
     )
     edges = waiting_edges(seen)
     return [
-        ("Delay matrix", first, "Seconds per MiB from source (row) to destination (column); framed: between nodes, out of the culprit."),
+        ("Delay matrix", first, "From source (row) to destination (column); framed: out of the culprit to other nodes."),
         ("Waiting chain", waiting_chain_figure(edges, [culprit], shape.ranks, f"Rank {culprit} is stuck"),
          "Each arrow: a rank inside an operation waits for one that has not entered it. All chains end at the culprit."),
     ]  # fmt: skip

@@ -98,6 +98,8 @@ class Trial:
     """Steps that had ended on all ranks and were done again."""
     survivors: int
     """Processes of the old generation alive after recovery."""
+    warm_workers: int = 0
+    """Workers of the new generation whose process existed before the fault."""
     capped: bool = False
 
 
@@ -181,7 +183,7 @@ class Fit:
         if recovered is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(old[rank], signal.SIGKILL)
-            return Trial(fault, rank, cap_s, cap_s, 0, 0, capped=True)
+            return Trial(fault, rank, cap_s, cap_s, 0, 0, 0, capped=True)
         before = self.records.ended(set(old.values()))
         last = max(before)
         rows = [row for row in self.records.all() if row["pid"] not in old.values() and row["at"] > done_before]
@@ -194,6 +196,7 @@ class Fit:
             started - done_before,
             max(0, last + 1 - resumed),
             sum(_is_process(pid) for pid in old.values()),
+            sum(row["event"] == "start" and row["born"] < done_before for row in rows),
         )
 
     def _recovered(self, old: set[int], deadline: float) -> float | None:

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray.train
 import torch
 from ray.train import Checkpoint
@@ -33,7 +34,7 @@ def train(config: dict[str, Any]) -> None:
     def note(event: str, **fields: Any) -> None:
         record.write(json.dumps({"event": event, "at": time.time(), "rank": rank, "pid": os.getpid(), **fields}) + "\n")
 
-    note("start")
+    note("start", born=psutil.Process().create_time())
     threading.Thread(target=_lock_when_told, args=(folder / f"gil-{rank}",), daemon=True).start()
     torch.set_num_threads(1)
     torch.manual_seed(1000 + rank)  # each rank drops other units

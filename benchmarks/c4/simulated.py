@@ -61,9 +61,9 @@ def add_rows(bench: Benchmark, key: str, result: CampaignResult) -> None:
 
 
 def verdict_seconds(ranks: int = 10_000, repeats: int = 5) -> tuple[float, list[dict[str, object]]]:
-    """Seconds from the nodes' reports to the verdicts (merge and diagnose; one thread, no torch): the slowest kind of look's median.
+    """Seconds from the nodes' reports to the verdicts (merge and diagnose; one thread, no torch): median of the slowest look.
 
-    Three kinds: healthy, a slow rank that is named, a stuck rank that is named. Histories are full, every report brings a
+    Three kinds: healthy, a slow rank that is named, a stuck rank that is named. The busiest groups' histories are full, every report brings a
     step's new blocks.
     """
     shape = shape_for(ranks)
@@ -74,9 +74,10 @@ def verdict_seconds(ranks: int = 10_000, repeats: int = 5) -> tuple[float, list[
     for name, fault, expected in (("healthy", None, 0), ("slow rank", slow, 1), ("stuck rank", stuck, 1)):
         clock, memory, last, index = job.clock.fork(1, 5), job.memory, job.last, job.steps
         for _ in range(6):
+            free = clock.free
             step = clock.step(effects_of(shape, [[fault] if fault else []]))
             hangs = fault is not None and fault.kind.is_hang
-            onset = onset_of(shape, step, 0, fault) if hangs and fault else None
+            onset = onset_of(shape, free, step, 0, fault) if hangs and fault else None
             at_s = float(clock.free.max()) + 1e-6 if onset is None else onset + 8 * job.step_s
             struck = [Struck(fault, onset)] if fault and onset is not None else []
             seen = job.reporter.observe(

@@ -36,8 +36,11 @@ class Job:
 
     world_size: int = 4
     width: int = 512
-    batch: int = 512
+    batch: int = 64
     bucket_mib: float = 2.0
+    device_s: float = 0.05
+    """A worker waits so long for its input in every step. Four workers on a machine of two cores would otherwise mostly wait
+    for one another's processor, which workers with an accelerator each do not."""
     evaluate_every: int = 0
     """Steps; 0: never. All ranks evaluate, for ``pause`` times the median step."""
     checkpoint_every: int = 0
@@ -184,6 +187,7 @@ def _train(rank: int, job: Job, folder: Path) -> None:
     step = 0
     while True:
         began = time.monotonic()
+        time.sleep(job.device_s)
         inputs = torch.randn(job.batch, 64, generator=generator)
         with torch.no_grad():
             targets = teacher(inputs).sin()

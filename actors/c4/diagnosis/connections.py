@@ -153,10 +153,12 @@ def _suspicion(kind, members, rows, cells, trend, interval, layout, group, place
     onset = now_s - float(np.max(trend.streak[rows] * BLOCK_OPS * interval[rows]))
     confidence = float(np.clip(0.7 + 0.3 * (ratio - 1.0), 0.7, 0.98))
     pairs = [(int(cells.source[cell]), int(cells.destination[cell])) for cell in members]
-    numbers = f"{trend.present[hottest] * 2**20 * 1e3:.3g} ms per MiB where {trend.normal[hottest] * 2**20 * 1e3:.3g} is normal ({ratio:.2f} x)"
+    now, usual = (1e3 * 2**20 * float(one[hottest]) for one in (trend.present, trend.normal))
+    numbers = f"{now:.3g} ms per MiB where {usual:.3g} is normal ({ratio:.2f} x)"
     if kind is FaultKind.LINK_SLOW:
         said = [
-            f"Connection {pairs[0][0]}->{pairs[0][1]} in group {name!r} takes {numbers}, over {int(trend.streak[hottest])} blocks."
+            f"Connection {pairs[0][0]}->{pairs[0][1]} in group {name!r} takes {numbers}, "
+            f"over {int(trend.streak[hottest])} blocks."
         ]
         if np.isfinite(trend.like[hottest]):
             said.append(f"Its like take {trend.like[hottest] * 2**20 * 1e3:.3g} ms per MiB.")

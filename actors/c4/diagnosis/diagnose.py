@@ -80,7 +80,8 @@ def _name(
     parts = {part: last for part, last in memory.parts.items() if now - last <= settings.forget_s}
     patience = max(settings.defer_s, 4 * memory.step_s if np.isfinite(memory.step_s) else 0.0)
     earlier_death = any(
-        one.named and one.since_s < now - 1.0 and key[0] is FaultKind.PROCESS_DEAD for key, one in standing.items()
+        one.named and one.since_s < now - 1.0 and isinstance(key, tuple) and key[0] is FaultKind.PROCESS_DEAD
+        for key, one in standing.items()
     )  # type: ignore[index]
     named: list[Suspicion] = []
     for one, hold in [(one, one.hold_s) for one in ready] + [(one, patience) for one in waiting]:

@@ -1,4 +1,4 @@
-"""What diagnosis remembers from one look to the next: the healthy past, the job's step, and which faults it has named. Immutable."""
+"""What diagnosis remembers from one look to the next: the healthy past, the job's step, the faults it has named. Immutable."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 LONGEST = 256
 """Operations in a step beyond which the repetition is not looked for."""
+NEWEST = 48
+"""Operations over which the repetition must hold at least."""
 GAP_FACTOR = 4.0
 """A pause this many times the median between two like operations parts two steps."""
 
@@ -18,22 +20,25 @@ def step_period(enter_ns: NDArray[np.int64], signature: NDArray[np.int64]) -> fl
         enter_ns: [N], when the newest operations of a rank were entered, ascending.
         signature: [N], an integer for what each was (communicator, type, dtype, bytes).
 
-    The smallest p for which the newest operations equal those p before them (over two further periods at least) is the number of
+    The smallest p for which the operations equal those p before them (all that are given, or the newest) is the number of
     operations in a step. Operations that all look alike hide it: then the longest regular pauses between them part the steps.
     """
     count = len(enter_ns)
     if count < 4 or count != len(signature):
         return float("nan")
     times = np.asarray(enter_ns, dtype=np.float64) / 1e9
-    for period in range(1, min(LONGEST, count // 3) + 1):
-        span = min(count - period, max(2 * period, 8))
-        tail = signature[count - span :]
-        if (tail == signature[count - span - period : count - period]).all():
-            return _with_gaps(times[count - span - period :], period)
+    periods = range(1, min(LONGEST, count // 3) + 1)
+    # First by all that is known; then, where something else came between (an evaluation), by the newest operations.
+    for least in (count, NEWEST):
+        for period in periods:
+            span = min(count - period, max(2 * period, least))
+            tail = signature[count - span :]
+            if (tail == signature[count - span - period : count - period]).all():
+                return _lap(times[count - span - period :], period)
     return float("nan")
 
 
-def _with_gaps(times: NDArray[np.float64], period: int) -> float:
+def _lap(times: NDArray[np.float64], period: int) -> float:
     laps = times[period:] - times[:-period]
     if period > 1:
         return float(np.median(laps))

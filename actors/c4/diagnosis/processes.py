@@ -53,12 +53,13 @@ def process_suspicions(
     lost = alive & fresh & (beat > hang_s) & ((waited[rows.rank] > 0.4 * hang_s) | (beat > 2 * hang_s))
     for row in np.flatnonzero(lost):
         rank = int(rows.rank[row])
-        said = [
-            f"The heartbeat thread of rank {rank} has not run for {beat[row]:.2f} s while its process runs: something holds the GIL."
+        words = [
+            f"The heartbeat thread of rank {rank} has not run for {beat[row]:.2f} s while its process runs: "
+            "something holds the GIL."
         ]
         if waited[rank] > 0:
-            said.append(f"Its peers have waited for up to {waited[rank]:.2f} s.")
-        found.append(Suspicion(FaultKind.HEARTBEAT_LOST, tuple(said), 0.97, now - float(beat[row]), (rank,)))
+            words.append(f"Its peers have waited for up to {waited[rank]:.2f} s.")
+        found.append(Suspicion(FaultKind.HEARTBEAT_LOST, tuple(words), 0.97, now - float(beat[row]), (rank,)))
 
     found += _lost_nodes(observation, layout, places, waited, hang_s, still_s, settings, doubtful)
     return found, doubtful

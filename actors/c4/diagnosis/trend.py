@@ -58,7 +58,7 @@ def recent_count(
 
 def trend_of(
     values: NDArray[np.float32],
-    block: NDArray[np.int64],
+    block: NDArray[np.int32],
     block_s: NDArray[np.float64],
     label: NDArray[np.int64],
     kind: NDArray[np.int64],

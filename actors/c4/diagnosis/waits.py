@@ -202,7 +202,10 @@ def _stalled(observation, layout, stalls, group, is_open, waiting, hang_s) -> li
     what = _operation(
         *(int(column[inside][0]) for column in (progress.open_type, progress.open_dtype, progress.open_bytes))
     )
-    head = f"All {int(layout.size[group])} ranks entered operation {sequence} of group {name!r} ({what}) and it has not ended for {since:.2f} s."
+    head = (
+        f"All {int(layout.size[group])} ranks entered operation {sequence} of group {name!r} ({what}) "
+        f"and it has not ended for {since:.2f} s."
+    )
     links, moved, how = _stalled_links(observation.links, group, sequence, hang_s)
     if links is None:
         return []  # bytes still move
@@ -255,8 +258,8 @@ def _stalled_links(
     if open_gaps:
         # Upstream of a stalled connection messages may pile up in a buffer: they have been taken from their sender, too.
         how = {
-            link: f"Rank {link[0]} has begun to send {sent[link]} messages over {link[0]}->{link[1]}, rank {link[1]} has received "
-            f"{received[link]}; no byte has moved for {still:.2f} s."
+            link: f"Rank {link[0]} has begun to send {sent[link]} messages over {link[0]}->{link[1]}, "
+            f"rank {link[1]} has received {received[link]}; no byte has moved for {still:.2f} s."
             for link in open_gaps
         }
         return open_gaps, still, how
@@ -272,8 +275,8 @@ def _stalled_links(
         return [], still, {}
     link = order[0]
     how = {
-        link: f"Rank {link[0]} has received {supply[link]:+d} messages beyond what it passed on over {link[0]}->{link[1]}, more than any "
-        f"other sender; no byte has moved for {still:.2f} s."
+        link: f"Rank {link[0]} has received {supply[link]:+d} messages beyond what it passed on over "
+        f"{link[0]}->{link[1]}, more than any other sender; no byte has moved for {still:.2f} s."
     }
     return [link], still, how
 
@@ -281,7 +284,7 @@ def _stalled_links(
 def waiting_edges(observation: Observation) -> tuple[tuple[int, int], ...]:
     """(waiter, rank waited for) of all ranks inside an operation and all members that have not entered it; for pictures."""
     progress = observation.progress
-    edges = set()
+    edges: set[tuple[int, int]] = set()
     rows_of: dict[int, list[int]] = {}
     for row in np.flatnonzero(progress.open_type > 0):
         rows_of.setdefault(int(progress.group[row]), []).append(int(row))

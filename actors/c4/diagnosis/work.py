@@ -144,8 +144,8 @@ def _suspicion(ranks, best, trend, layout, group, held, interval, now_s, node=""
     where = layout.groups[group[row]]
     who = f"rank {ranks[0]}" if len(ranks) == 1 else f"all {len(ranks)} ranks of node {node}"
     said = [
-        f"Between operations of group {where.name!r} {who} works {trend.present[row] * 1e3:.2f} ms where {trend.normal[row] * 1e3:.2f} ms is "
-        f"normal ({ratio:.2f} x), over {int(trend.streak[row])} blocks of {BLOCK_OPS} operations."
+        f"Between operations of group {where.name!r} {who} works {trend.present[row] * 1e3:.2f} ms "
+        f"where {trend.normal[row] * 1e3:.2f} ms is normal ({ratio:.2f} x), over {int(trend.streak[row])} blocks of {BLOCK_OPS} operations."
     ]
     if np.isfinite(trend.like[row]):
         said.append(f"The others that do the same work take {trend.like[row] * 1e3:.2f} ms.")

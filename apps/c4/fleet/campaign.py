@@ -1,4 +1,4 @@
-"""Many trials over several jobs: how often class and culprit are both right, with confusion and interval. Deterministic by seed."""
+"""Many trials over several jobs: how often class and culprit are right, with confusion and interval. Deterministic by seed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class CampaignResult:
 
     @property
     def accuracy(self) -> float:
-        """Share of trials with class and culprit right for every fault and nothing else named; a false alarm counts as a wrong trial."""
+        """Share of trials with every fault's class and culprit right and nothing else named; a false alarm is a wrong trial."""
         return max(0.0, (self.right - len(self.false_alarms)) / max(len(self.trials), 1))
 
     def of_class(self, name: str) -> tuple[Trial, ...]:

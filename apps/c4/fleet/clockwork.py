@@ -188,8 +188,8 @@ class Clockwork:
         self._ops = {role: _empty((shape.pipeline, count, *tail)) for role, count in counts.items()}
         for role in ("forward_send", "forward_recv", "backward_send", "backward_recv"):
             self._ops[role] = _empty((pairs, m, *tail))
-        self._transfer = {"tp": np.empty((shape.pipeline, counts["tp"], *tail)), "dp": np.empty((shape.pipeline, counts["dp"], *tail)),
-                          "forward": np.empty((pairs, m, *tail)), "backward": np.empty((pairs, m, *tail))}  # fmt: skip
+        self._transfer = {role: np.empty((shape.pipeline, counts[role], *tail)) for role in ("tp", "dp")}
+        self._transfer |= {name: np.empty((pairs, m, *tail)) for name in ("forward", "backward")}
         self._turn = np.zeros(shape.pipeline, dtype=int)
         for wave in shape.order:
             self._wave(wave, effects)

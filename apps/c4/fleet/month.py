@@ -1,4 +1,4 @@
-"""A month of a large training job with faults, replayed event by event: where the time goes under C4 and under Ray Train's defaults.
+"""A month of a large training job with faults, event by event: where the time goes under C4 and under Ray Train's defaults.
 
 Both arms meet the same faults (same seed: kind, moment, whether the hardware stays broken). Four rows, as the paper's table has
 them: lost work (done again since the last checkpoint), detection, diagnosis and isolation, re-initialisation. All figures are
@@ -178,7 +178,7 @@ def replay(config: MonthConfig, measured: MeasuredTimes | None = None) -> dict[s
 
 def interval(values: list[float]) -> tuple[float, float, float]:
     """(mean, 5 %, 95 %) over replays."""
-    return float(np.mean(values)), *(float(np.percentile(values, q)) for q in (5, 95))
+    return float(np.mean(values)), float(np.percentile(values, 5)), float(np.percentile(values, 95))
 
 
 def _draw(config: MonthConfig, rng: np.random.Generator) -> list[_Fault]:

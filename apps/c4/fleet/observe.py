@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -214,7 +215,8 @@ class Reporter:
             link_parts.append(
                 LinkBlockRows(
                     np.broadcast_to(group[:, None], finished.shape)[finished],
-                    np.broadcast_to(source[:, None], finished.shape)[finished], np.broadcast_to(to[:, None], finished.shape)[finished],
+                    np.broadcast_to(source[:, None], finished.shape)[finished],
+                    np.broadcast_to(to[:, None], finished.shape)[finished],
                     number[finished].astype(np.int64), amount[finished], total[finished].astype(np.float32),
                 )
             )  # fmt: skip
@@ -283,8 +285,7 @@ def split(observation: Observation) -> list[Observation]:
         bounds = np.searchsorted(node[order], np.arange(len(observation.nodes) + 1))
         columns = {field.name: getattr(rows, field.name)[order] for field in fields(rows)}
         tables[name] = [
-            type(rows)(**{key: column[a:b] for key, column in columns.items()})
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            type(rows)(**{key: column[a:b] for key, column in columns.items()}) for a, b in pairwise(bounds)
         ]
     result = []
     for node, name in enumerate(observation.nodes):

@@ -1,4 +1,4 @@
-"""The simulated job's shape: ranks in data, tensor, pipeline and expert parallel groups, nodes, and what a step of each stage does."""
+"""The simulated job's shape: ranks in data, tensor, pipeline and expert parallel groups, nodes, and the order of a step."""
 
 from __future__ import annotations
 

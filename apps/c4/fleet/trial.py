@@ -1,4 +1,4 @@
-"""Trials: a healthy job, faults injected into its continuation, the verdicts of the real diagnosis, and whether they are right."""
+"""Trials: a healthy job, faults injected into its continuation, the verdicts of the real diagnosis; are they right?"""
 
 from __future__ import annotations
 
@@ -187,18 +187,20 @@ def run_trials(
 
 def _hang(job, clock, reporter, effects: Effects, faults, hangs, last, index, look, verdicts, onsets) -> None:  # type: ignore[no-untyped-def]
     effects.hangs += [(scenario, fault) for scenario, mine in enumerate(hangs) for fault in mine]
-    begin = clock.free.max(axis=(0, 2, 3))
+    free = clock.free.copy()
     step = clock.step(effects)
     for scenario, mine in enumerate(hangs):
         if not mine:
             continue
         struck = [
-            Struck(fault, onset) for fault in mine if (onset := onset_of(job.shape, step, scenario, fault)) is not None
+            Struck(fault, onset)
+            for fault in mine
+            if (onset := onset_of(job.shape, free, step, scenario, fault)) is not None
         ]
         for one in struck:
             onsets[scenario][list(faults[scenario]).index(one.fault)] = one.onset_s
         wanted = len(faults[scenario])
-        start = min((one.onset_s for one in struck), default=float(begin[scenario]))
+        start = min((one.onset_s for one in struck), default=float(free[:, scenario].max()))
         first = True
         patience = 7.0 * job.step_s * 1.6 + 3.0
         for at_s in np.arange(start + 0.1, start + patience, 0.5 * job.step_s):
@@ -213,18 +215,18 @@ def _hang(job, clock, reporter, effects: Effects, faults, hangs, last, index, lo
                 break
 
 
-def onset_of(shape: Shape, step: StepTimes, scenario: int, fault: FleetFault) -> float | None:
-    """When a hang struck; None when another one kept the job from coming so far."""
+def onset_of(shape: Shape, free: np.ndarray, step: StepTimes, scenario: int, fault: FleetFault) -> float | None:
+    """When a hang struck; None when another one kept the job from coming so far. ``free``: the clock's before the step."""
     rank = fault.link[0] if fault.link else fault.ranks[0]
-    moments, stuck_in = [0.0], []
+    home = shape.place(rank)
+    moments, stuck_in = [float(free[home[0], scenario, home[1], home[2]])], []
     for p, (name, ops) in ((shape.place(rank), pair) for pair in step.ops.items()):
         first = p[0] - 1 if name in ("forward_recv", "backward_send") else p[0]
         if not 0 <= first < len(ops.enter):
             continue
         enter, end = ops.enter[first, :, scenario, p[1], p[2]], ops.end[first, :, scenario, p[1], p[2]]
         moments += end[np.isfinite(end)].tolist()
-        for at in np.flatnonzero(np.isfinite(enter) & ~np.isfinite(end)):
-            stuck_in.append((name, first, int(at)))
+        stuck_in += [(name, first, int(at)) for at in np.flatnonzero(np.isfinite(enter) & ~np.isfinite(end))]
     if not (fault.link or fault.inside or fault.kind is Injected.MISMATCH):
         return None if stuck_in else max(moments) + 5e-3
     for name, first, at in stuck_in:

@@ -245,6 +245,19 @@ def test_rows_age_while_an_agent_is_silent_but_not_while_it_is_restarted(core: M
     assert long_after.ranks.report_age_s.max() > 10
 
 
+def test_what_the_master_slept_through_is_no_silence_of_others(core: MasterCore, judge: ScriptedJudge) -> None:
+    both(core, 10.0)
+    core.judge(10.0, 0.0)
+    core.judge(10.2, 0.0)
+    core.judge(15.0, 0.0)  # the host was busy: the reports of five seconds still wait to be taken in
+    assert judge.looks[-1].ranks.report_age_s.max() < 1
+    assert core.silent_nodes(15.0, 1.0) == ()
+    for tenth in range(1, 21):
+        core.judge(15.0 + tenth / 10, 0.0)
+    assert judge.looks[-1].ranks.report_age_s.max() > 2
+    assert core.silent_nodes(17.0, 1.0) == ("n0", "n1")
+
+
 def test_an_agent_that_came_back_is_counted_and_its_silence_counts_again(core: MasterCore) -> None:
     both(core, 10.0)
     core.agent_lost("n1", 10.5)

@@ -85,7 +85,13 @@ def links(rows: Iterable[tuple[int, int, int, int, int, float]], group: int = 0)
 
 
 def observation(
-    groups: Sequence[Group], rows: ProgressRows, *, at_s: float = 100.0, processes: RankRows | None = None, per_node: int = 1, **tables
+    groups: Sequence[Group],
+    rows: ProgressRows,
+    *,
+    at_s: float = 100.0,
+    processes: RankRows | None = None,
+    per_node: int = 1,
+    **tables,
 ) -> Observation:
     world = 1 + max(rank for group in groups for rank in group.ranks)
     processes = processes if processes is not None else ranks(world, per_node)
@@ -94,11 +100,15 @@ def observation(
     return Observation(at_s, 1, nodes, tuple(groups), processes, rows, **rest)
 
 
-def look(seen: Observation, memory: DiagnosisMemory | None = None, settings: DiagnosisSettings = SETTINGS) -> tuple[Verdict, ...]:
+def look(
+    seen: Observation, memory: DiagnosisMemory | None = None, settings: DiagnosisSettings = SETTINGS
+) -> tuple[Verdict, ...]:
     return diagnose(seen, memory or DiagnosisMemory(), settings)[0]
 
 
-def block_rows(group: int, members: Sequence[int], block: int, work: Sequence[float], wait: Sequence[float]) -> BlockRows:
+def block_rows(
+    group: int, members: Sequence[int], block: int, work: Sequence[float], wait: Sequence[float]
+) -> BlockRows:
     count = len(members)
     return BlockRows(
         np.full(count, group, np.int32), np.array(members, np.int32), np.full(count, block, np.int64),
@@ -106,7 +116,9 @@ def block_rows(group: int, members: Sequence[int], block: int, work: Sequence[fl
     )  # fmt: skip
 
 
-def link_block_rows(group: int, pairs: Sequence[tuple[int, int]], block: int, seconds: Sequence[float], size: int) -> LinkBlockRows:
+def link_block_rows(
+    group: int, pairs: Sequence[tuple[int, int]], block: int, seconds: Sequence[float], size: int
+) -> LinkBlockRows:
     count = len(pairs)
     return LinkBlockRows(
         np.full(count, group, np.int32), np.array([a for a, _ in pairs], np.int32), np.array([b for _, b in pairs], np.int32),
@@ -120,7 +132,14 @@ class Course:
     ``transfer(block, pair)`` gives the seconds that a connection of the ring took in a block.
     """
 
-    def __init__(self, world: int = 4, per_node: int = 1, noise: float = 0.1, seed: int = 0, settings: DiagnosisSettings = SETTINGS):
+    def __init__(
+        self,
+        world: int = 4,
+        per_node: int = 1,
+        noise: float = 0.1,
+        seed: int = 0,
+        settings: DiagnosisSettings = SETTINGS,
+    ):
         self.members = tuple(range(world))
         self.groups = (Group("0", "", self.members),)
         self.pairs = [(rank, (rank + 1) % world) for rank in self.members]

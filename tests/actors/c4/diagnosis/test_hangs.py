@@ -1,4 +1,4 @@
-"""Hangs: who is named, why, and who is not. Judged by heartbeat first, then the count of operations, then their kind, then bytes."""
+"""Hangs: who is named, why, and who is not. By heartbeat first, then count of operations, then their kind, then bytes."""
 
 from __future__ import annotations
 
@@ -54,13 +54,17 @@ def test_a_pause_of_up_to_five_steps_is_no_hang(steps):
 def test_before_the_step_is_known_it_takes_half_a_minute():
     unknown = ranks(4, step_s=dict.fromkeys(range(4), np.nan))
     assert named(observation(WORLD, progress(waiting_for(1, 20.0)), processes=unknown)) == []
-    assert named(observation(WORLD, progress(waiting_for(1, 31.0)), processes=unknown)) == [(FaultKind.NEVER_ENTERED, (1,), None)]
+    assert named(observation(WORLD, progress(waiting_for(1, 31.0)), processes=unknown)) == [
+        (FaultKind.NEVER_ENTERED, (1,), None)
+    ]
 
 
 def test_longer_steps_are_given_longer():
     slow = ranks(4, step_s=dict.fromkeys(range(4), 10.0))
     assert named(observation(WORLD, progress(waiting_for(1, 50.0)), processes=slow)) == []
-    assert named(observation(WORLD, progress(waiting_for(1, 56.0)), processes=slow)) == [(FaultKind.NEVER_ENTERED, (1,), None)]
+    assert named(observation(WORLD, progress(waiting_for(1, 56.0)), processes=slow)) == [
+        (FaultKind.NEVER_ENTERED, (1,), None)
+    ]
 
 
 def test_who_waits_in_another_group_is_innocent():
@@ -86,7 +90,9 @@ def test_a_member_without_any_record_is_named_if_its_process_is_known():
     [(ProcessState.GONE, FaultKind.PROCESS_DEAD, 1), (ProcessState.STOPPED, FaultKind.PROCESS_STOPPED, 2)],
 )
 def test_a_process_that_is_gone_or_stopped_is_named_at_once(state, kind, looks):
-    seen = observation(WORLD, progress(waiting_for(2, 0.1)), processes=ranks(4, process_state={2: state}, heartbeat_age_s={2: 0.2}))
+    seen = observation(
+        WORLD, progress(waiting_for(2, 0.1)), processes=ranks(4, process_state={2: state}, heartbeat_age_s={2: 0.2})
+    )
     memory = DiagnosisMemory()
     for number in range(1, 4):
         verdicts, memory = diagnose(later(seen, 0.2 * number), memory)
@@ -97,7 +103,9 @@ def test_a_process_that_is_gone_or_stopped_is_named_at_once(state, kind, looks):
 
 
 def test_an_instant_of_being_stopped_is_a_debugger():
-    stopped = observation(WORLD, progress(waiting_for(2, 0.1)), processes=ranks(4, process_state={2: ProcessState.STOPPED}))
+    stopped = observation(
+        WORLD, progress(waiting_for(2, 0.1)), processes=ranks(4, process_state={2: ProcessState.STOPPED})
+    )
     verdicts, memory = diagnose(stopped, DiagnosisMemory())
     assert not verdicts
     assert not diagnose(later(observation(WORLD, progress(waiting_for(2, 0.1))), 0.3), memory)[0]
@@ -128,7 +136,9 @@ def test_a_silent_node_is_lost_when_its_peers_wait_and_not_when_the_job_moves_on
 
 def test_a_node_that_the_cluster_has_lost_needs_no_further_sign():
     gone = ranks(4, 2, report_age_s={0: np.inf, 1: np.inf})
-    assert named(observation(WORLD, progress((0, r, At(9)) for r in range(4)), processes=gone)) == [(FaultKind.NODE_LOST, (0, 1), None)]
+    assert named(observation(WORLD, progress((0, r, At(9)) for r in range(4)), processes=gone)) == [
+        (FaultKind.NODE_LOST, (0, 1), None)
+    ]
 
 
 def test_the_minority_in_another_operation_is_named_soon():
@@ -153,7 +163,10 @@ def test_operations_whose_sizes_may_differ_are_compared_by_kind_only():
     rows = [(0, rank, At(10, 0.6, kind=OpType.ALL_TO_ALL, size=100 * rank + 1)) for rank in range(4)]
     assert named(observation(WORLD, progress(rows))) == []
     pair = (Group("0/0->1", "pp", (0, 1)),)
-    assert named(observation(pair, progress([(0, 0, At(3, 0.6, kind=OpType.SEND)), (0, 1, At(3, 0.6, kind=OpType.RECV))]))) == []
+    assert (
+        named(observation(pair, progress([(0, 0, At(3, 0.6, kind=OpType.SEND)), (0, 1, At(3, 0.6, kind=OpType.RECV))])))
+        == []
+    )
 
 
 RING = [(0, 1), (1, 2), (2, 3), (3, 0)]
@@ -183,7 +196,7 @@ def test_a_sender_that_keeps_what_it_could_pass_on_is_found_by_its_supply():
 
 
 def test_an_operation_whose_bytes_still_move_is_no_hang():
-    assert named(stalled({pair: (3, 2) for pair in RING}, age=0.1)) == []
+    assert named(stalled(dict.fromkeys(RING, (3, 2)), age=0.1)) == []
 
 
 def test_without_connections_the_group_is_named():
@@ -259,7 +272,10 @@ def programs(draw):
 @given(programs())
 def test_the_named_are_exactly_the_roots_that_hold_somebody_up(program):
     world, groups, order, stops = program
-    todo = {rank: [(group, order[: at + 1].count(group)) for at, group in enumerate(order) if rank in groups[group]] for rank in range(world)}
+    todo = {
+        rank: [(group, order[: at + 1].count(group)) for at, group in enumerate(order) if rank in groups[group]]
+        for rank in range(world)
+    }
     done = dict.fromkeys(range(world), 0)
     inside: dict[int, tuple[int, int]] = {}
     entered = {(group, rank): 0 for group, members in enumerate(groups) for rank in members}
@@ -272,7 +288,10 @@ def test_the_named_are_exactly_the_roots_that_hold_somebody_up(program):
                 entered[inside[rank][0], rank] += 1
                 moved = True
         for group, members in enumerate(groups):
-            if all(rank in inside and inside[rank][0] == group for rank in members) and len({inside[rank] for rank in members}) == 1:
+            if (
+                all(rank in inside and inside[rank][0] == group for rank in members)
+                and len({inside[rank] for rank in members}) == 1
+            ):
                 for rank in members:
                     done[rank] += 1
                     del inside[rank]

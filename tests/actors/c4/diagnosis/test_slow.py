@@ -1,4 +1,4 @@
-"""Slowness: work and connections, against their like and their own past; what is noise, a pause or everybody's fate is nobody's fault."""
+"""Slowness of work and connections against their like and their own past; noise, pauses and what slows all are nobody's fault."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def test_a_slow_connection_is_a_hot_cell(factor):
 def test_both_faults_at_once_are_both_named():
     course = Course()
     course.run(20)
-    said = course.run(8, lambda block, rank: 2.0 if rank == 0 else 1.0, lambda block, pair: 2.5 if pair == (1, 2) else 1.0)
+    said = course.run(
+        8, lambda block, rank: 2.0 if rank == 0 else 1.0, lambda block, pair: 2.5 if pair == (1, 2) else 1.0
+    )
     assert {(one.kind, one.culprit.ranks, one.culprit.link) for one in said} == {
         (FaultKind.WORK_SLOW, (0,), None), (FaultKind.LINK_SLOW, (), (1, 2)),
     }  # fmt: skip
@@ -103,7 +105,9 @@ def test_an_expert_groups_imbalance_convicts_nobody():
     groups = (Group("e", "ep", tuple(range(8))),)
     memory, rng = DiagnosisMemory(), np.random.default_rng(1)
     for block in range(60):
-        load = 0.02 * np.exp(0.4 * rng.standard_normal(8)) * (np.where(np.arange(8) == 3, 3.0, 1.0) if block > 30 else 1)
+        load = (
+            0.02 * np.exp(0.4 * rng.standard_normal(8)) * (np.where(np.arange(8) == 3, 3.0, 1.0) if block > 30 else 1)
+        )
         seen = observation(
             groups, progress((0, r, At(4 * block)) for r in range(8)), at_s=block * 0.3,
             blocks=block_rows(0, range(8), block, load, load.max() - load + 0.004),
@@ -113,7 +117,7 @@ def test_an_expert_groups_imbalance_convicts_nobody():
 
 
 class Grid:
-    """Ranks 0 ... 2n-1 on nodes of two, in rings of even and of odd ranks, and pairs across: every rank sends to two other nodes."""
+    """Ranks 0 ... 2n-1 on nodes of two, in rings of even and odd ranks, and pairs across: each sends to two other nodes."""
 
     def __init__(self, nodes: int = 6, seed: int = 0):
         n = 2 * nodes
@@ -133,7 +137,11 @@ class Grid:
             blocks_, link_blocks = [], []
             for index, (group, pairs) in enumerate(zip(self.groups, self.pairs, strict=True)):
                 seconds = [0.01 * slow(a, b) * (1 + 0.08 * self.rng.standard_normal()) for a, b in pairs]
-                blocks_.append(block_rows(index, group.ranks, self.block, np.full(len(group.ranks), 0.02), np.full(len(group.ranks), 0.01)))
+                blocks_.append(
+                    block_rows(
+                        index, group.ranks, self.block, np.full(len(group.ranks), 0.02), np.full(len(group.ranks), 0.01)
+                    )
+                )
                 link_blocks.append(link_block_rows(index, pairs, self.block, seconds, 1 << 20))
             seen = observation(
                 self.groups, progress((0, r, At(4 * self.block)) for r in self.groups[0].ranks), at_s=0.4 * self.block,
@@ -166,7 +174,9 @@ def test_a_slow_link_and_a_slow_receiver_elsewhere():
     grid = Grid(nodes=8)
     grid.run(16)
     said = grid.run(14, lambda a, b: 2.5 if (a, b) == (0, 2) or b == 11 else 1.0)
-    assert sorted(said, key=str) == sorted([(FaultKind.LINK_SLOW, (), (0, 2)), (FaultKind.RECEIVER_SLOW, (11,), None)], key=str)
+    assert sorted(said, key=str) == sorted(
+        [(FaultKind.LINK_SLOW, (), (0, 2)), (FaultKind.RECEIVER_SLOW, (11,), None)], key=str
+    )
 
 
 def test_the_delay_matrix_is_seconds_per_mebibyte():
@@ -184,4 +194,6 @@ def test_the_delay_matrix_is_seconds_per_mebibyte():
 def test_the_culprit_is_found_wherever_it_sits(culprit, seed):
     course = Course(world=5, seed=seed)
     course.run(14)
-    assert [one.culprit.ranks for one in course.run(7, work=lambda block, rank: 1.8 if rank == culprit else 1.0)] == [(culprit,)]
+    assert [one.culprit.ranks for one in course.run(7, work=lambda block, rank: 1.8 if rank == culprit else 1.0)] == [
+        (culprit,)
+    ]
