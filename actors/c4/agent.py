@@ -14,7 +14,6 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError
 
 from actors.c4 import processes
@@ -25,6 +24,7 @@ from actors.c4.injection.inject import Injected, Target, inject, with_peer
 from actors.c4.lines import LineAddress, hold_line
 from actors.c4.ports import Stack
 from actors.c4.recorder.layout import ring_path
+from actors.c4.self_start import SelfStart
 from actors.c4.settings import MonitorSettings
 from actors.c4.stacks import take
 
@@ -45,11 +45,12 @@ class C4Agent:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._injected: list[Injected] = []
         self._ended = asyncio.Event()
-        # The loop is this actor's own first call: it begins again with every restart, whoever is there to ask for it.
-        ray.get_runtime_context().current_actor.run.remote()
+        self._self_start = SelfStart()
 
     async def run(self) -> None:
         """Read, report, obey; until ``stop``."""
+        if not self._self_start.begin():
+            return
         core = self._core
         self._spawn(hold_line(self._line, core.node_id, self._ended))
         while not self._ended.is_set():

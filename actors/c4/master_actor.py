@@ -29,8 +29,9 @@ from actors.c4.injection.faults import Fault, InjectionError
 from actors.c4.judge import DiagnosisJudge
 from actors.c4.lines import Lines
 from actors.c4.master_core import MasterCore, Policy
-from actors.c4.ports import CLEARED, MasterStatus, NumberedVerdict, Orders, Report
-from actors.c4.recovery.policy import Action, decide
+from actors.c4.ports import MasterStatus, NumberedVerdict, Orders, Report
+from actors.c4.recovery.policy import decide
+from actors.c4.self_start import SelfStart
 from actors.c4.settings import MonitorSettings
 from actors.c4.wire import UnknownGroups, Unpacker
 
@@ -92,11 +93,12 @@ class C4Master:
         self._lines = Lines(self._line_ended)
         self._raylets: dict[str, tuple[str, int]] = {}
         self._me = ray.get_runtime_context().current_actor
-        # The loops are this actor's own first call: they begin again with every restart, whoever is there to ask.
-        self._me.run.remote()
+        self._self_start = SelfStart()
 
     async def run(self) -> None:
         """Judge, supervise agents, count spare nodes; until ``stop``."""
+        if not self._self_start.begin():
+            return
         await self._lines.open()
         loops = (
             ("judging", self._judge, self._setup.settings.diagnose_s),
@@ -266,7 +268,7 @@ class C4Master:
         new = self._core.judge(time.monotonic(), time.time())
         self._spend(time.process_time() - began)
         for one in new:
-            tell(self._setup.run, one)
+            metrics.tell(self._setup.run, one)
         if new:
             self._news.set()
         if self._core.version != self._written:
@@ -293,7 +295,7 @@ class C4Master:
             agent = self._agents[node_id] = _Agent(handle)
             agent.watch = asyncio.get_running_loop().create_task(self._watch(node_id, handle))
         silent = self._core.silent_nodes(now, SILENT_S)
-        for node_id in (*silent, *self._core.agents_lost()):
+        for node_id in (*silent, *self._core.nodes.agents_lost()):
             await self._line_ended(node_id)
         self._export()
 
@@ -306,13 +308,13 @@ class C4Master:
             except ActorDiedError as error:
                 logger.warning("the agent of node %s is gone: %s", node_id, str(error).splitlines()[0])
                 if not await self._raylet_answers(node_id):
-                    self._core.node_lost(node_id)
+                    self._core.nodes.node_lost(node_id)
                 self._not_before[node_id] = time.monotonic() + 2.0
                 self._agents.pop(node_id, None)
                 return
             except RayActorError:
                 logger.warning("the agent of node %s died and is restarted", node_id)
-                self._core.agent_lost(node_id, time.monotonic())
+                self._core.nodes.agent_lost(node_id, time.monotonic())
                 await asyncio.sleep(0.2)
             except RayTaskError:
                 logger.exception("the watch of node %s's agent failed", node_id)
@@ -323,12 +325,12 @@ class C4Master:
         if self._ended.is_set():
             return
         if await self._raylet_answers(node_id):
-            if node_id not in self._core.agents_lost():
+            if node_id not in self._core.nodes.agents_lost():
                 logger.warning("the agent of node %s died or is held up; its node lives", node_id)
-            self._core.agent_lost(node_id, time.monotonic())
+            self._core.nodes.agent_lost(node_id, time.monotonic())
         else:
             logger.warning("node %s is lost: neither agent nor raylet answer", node_id)
-            self._core.node_lost(node_id)
+            self._core.nodes.node_lost(node_id)
 
     async def _raylet_answers(self, node_id: str) -> bool:
         """Whether the node's raylet takes connections; when its address is unknown, the node counts as living."""
@@ -402,23 +404,6 @@ class C4Master:
             return False
         logger.warning("c4 run=%s: the master is back; generation and quarantine are known again", self._setup.run)
         return True
-
-
-def tell(run: str, one: NumberedVerdict) -> None:
-    """One line in the log (Ray's dashboard shows it) and the figures."""
-    verdict = one.verdict
-    line = (
-        f"c4 run={run} verdict={one.number} generation={one.generation} class={verdict.fault_class} kind={verdict.kind} "
-        f"culprit={str(verdict.culprit)!r} nodes={','.join(verdict.culprit.nodes) or '-'} confidence={verdict.confidence:.2f} "
-        f"detection_s={verdict.detection_s:.2f} slowdown={verdict.slowdown:.2f} action={one.action} reason={one.reason!r} "
-        f"evidence={'; '.join(verdict.evidence)!r}" + (f" repeats={one.repeats}" if one.repeats else "")
-    )
-    logger.warning(line)
-    if one.repeats == 0:
-        metrics.verdicts.increase(run=run, fault_class=verdict.fault_class.value, kind=verdict.kind.value)
-        metrics.detection.observe(max(1e-3, verdict.detection_s), run=run, fault_class=verdict.fault_class.value)
-    if one.action == Action.EVICT and one.action != CLEARED:
-        metrics.evictions.increase(run=run)
 
 
 async def _result(reference: Any) -> Any:

@@ -14,16 +14,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actors.c4.diagnosis.observation import Observation, ProcessState, RankRows, merge
+from actors.c4.diagnosis.observation import Observation, merge
 from actors.c4.diagnosis.verdict import FaultClass, Verdict
 from actors.c4.fences import Fences
 from actors.c4.generation import Generation, Worker
 from actors.c4.master_state import generation_from, generation_to, verdict_from, verdict_to
 from actors.c4.master_view import delay_matrices, median_operation_s, rank_rows, waits
-from actors.c4.ports import CLEARED, MasterStatus, NodeStatus, NumberedVerdict, Orders, Report
+from actors.c4.nodes import Nodes
+from actors.c4.ports import CLEARED, MasterStatus, NumberedVerdict, Orders, Report
 from actors.c4.recovery.policy import Action, Decision, Situation, decide
 from actors.c4.settings import MonitorSettings
-from actors.c4.window import Window
 
 Policy = Callable[[Verdict, Situation], Decision]
 Key = tuple[Any, ...]
@@ -46,27 +46,6 @@ def key_of(verdict: Verdict) -> Key:
 
 
 @dataclass
-class _Node:
-    """What is known of one agent."""
-
-    incarnation: float = -1.0
-    name: str = ""
-    reported_s: float = math.nan
-    observed: Window | None = None
-    lost_agent_s: float | None = None
-    gone: bool = False
-    late_s: float = 0.0
-    """The master's own lateness when the newest report came."""
-    restarts: int = 0
-    errors: int = 0
-    cost_ms_per_s: float = 0.0
-    bytes: int = 0
-    rate: float = 0.0
-    rate_since_s: float = math.nan
-    rate_bytes: int = 0
-
-
-@dataclass
 class MasterCore:
     """See the module. ``version`` grows with everything that ``snapshot`` holds."""
 
@@ -84,16 +63,16 @@ class MasterCore:
     evictions: int = 0
     began_s: float = 0.0
     quiet_until_s: float = -math.inf
-    _nodes: dict[str, _Node] = field(default_factory=dict)
     _fences: Fences = field(default_factory=Fences)
     _stacks_wanted: dict[str, set[int]] = field(default_factory=dict)
     _memory: Any = None
     _pace: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=240))
     """(time, median operation) once a second or less."""
     _judged_s: float = math.nan
-    _late_s: float = 0.0
-    """How much later than due this master has judged, summed up: what it slept through is no silence of others."""
     _active: dict[Key, NumberedVerdict] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.nodes = Nodes(self.settings)
 
     # ---- generations
 
@@ -117,8 +96,7 @@ class MasterCore:
         self._judged_s = math.nan
         self._stacks_wanted = {}
         self._pace.clear()
-        for node in self._nodes.values():
-            node.observed = None
+        self.nodes.forget_observations()
         self.version += 1
 
     def end_generation(self, number: int) -> bool:
@@ -150,27 +128,16 @@ class MasterCore:
 
     def observe(self, report: Report, observation: Observation | None, now_s: float) -> Orders:
         """Take a report in; ``observation`` is its unpacked content (None: there was none, or it could not be unpacked)."""
-        node = self._nodes.setdefault(report.node_id, _Node())
-        if report.incarnation != node.incarnation:
-            node.restarts += node.incarnation >= 0
-            node.incarnation = report.incarnation
-        node.gone, node.lost_agent_s, node.reported_s = False, None, now_s
-        node.cost_ms_per_s, node.errors = report.cost_ms_per_s, report.errors
-        self._count_bytes(node, len(report.packed), now_s)
         self.version += self._fences.done(report.node_id, report.gone)
         number = self.generation.number if self.generation is not None else 0
         accepted, unreadable = False, bool(report.packed) and observation is None
         if observation is not None and observation.generation == number and number:
             self.version += self._fences.learn(number, report.node_id, report.started)
-            if node.observed is None:
-                node.observed = Window(self.settings.window_blocks)
-            node.observed.take(observation, now_s)
-            node.late_s = self._late_s
             accepted = True
+        self.nodes.heard(report, observation if accepted else None, now_s)
         workers: tuple[Worker, ...] = ()
         if self.generation is not None and self.state != "ended":
             workers = self.generation.on_node(report.node_id)
-            node.name = workers[0].node_name if workers else node.name
         return Orders(
             generation=number,
             workers=workers,
@@ -197,33 +164,10 @@ class MasterCore:
             self._stacks_wanted.setdefault(worker.node_id, set()).add(rank)
         return worker is not None
 
-    def agent_lost(self, node_id: str, now_s: float) -> None:
-        """The agent's process ended (its node lives, as far as is known): its silence means nothing for a while."""
-        node = self._nodes.setdefault(node_id, _Node())
-        if node.lost_agent_s is None:
-            node.lost_agent_s = now_s
-
-    def node_lost(self, node_id: str) -> None:
-        """The cluster says that the node is dead: nothing will come from it any more."""
-        self._nodes.setdefault(node_id, _Node()).gone = True
-
     def silent_nodes(self, now_s: float, for_s: float) -> tuple[str, ...]:
         """Nodes of the generation of which nothing has come for so long, and nothing is known that would explain it."""
         nodes = self.generation.nodes if self.generation is not None and self.state == "watching" else ()
-        return tuple(
-            node_id
-            for node_id in nodes
-            if (node := self._nodes.get(node_id)) is not None
-            and node.lost_agent_s is None
-            and not node.gone
-            and now_s - (self._late_s - node.late_s) - node.reported_s > for_s
-        )
-
-    def agents_lost(self) -> tuple[str, ...]:
-        """Nodes whose agent's process ended and has not come back."""
-        return tuple(
-            node_id for node_id, node in self._nodes.items() if node.lost_agent_s is not None and not node.gone
-        )
+        return self.nodes.silent(nodes, now_s, for_s)
 
     def worker(self, rank: int) -> Worker | None:
         """Of the current generation."""
@@ -244,21 +188,8 @@ class MasterCore:
         """
         if self.generation is None:
             return None
-        parts, number = [], self.generation.number
-        for node_id in self.generation.nodes:
-            node = self._nodes.get(node_id)
-            if node is not None and node.observed is not None:
-                excused_s = node.lost_agent_s
-                silent = excused_s is not None and now_s - excused_s < self.settings.agent_restart_s
-                awake_s = now_s - (self._late_s - node.late_s)
-                part = node.observed.observation(awake_s, aging=not silent or node.gone, fresh=fresh)
-                if node.gone:
-                    never = np.full(len(part.ranks.rank), np.inf, dtype=np.float32)
-                    part = replace(part, ranks=replace(part.ranks, report_age_s=never))
-                parts.append(part)
-            elif now_s - self.began_s > self.settings.start_grace_s:
-                parts.append(_never_reported(self.generation, node_id, now_s - self.began_s))
-        return merge(parts, now_s) if parts and number else None
+        parts = self.nodes.observations(self.generation, now_s, now_s - self.began_s, fresh)
+        return merge(parts, now_s) if parts else None
 
     def judge(self, now_s: float, wall_s: float) -> tuple[NumberedVerdict, ...]:
         """Diagnose once and decide; returns what is new: verdicts, or changed decisions on known ones.
@@ -269,7 +200,7 @@ class MasterCore:
             return ()
         due_s = 2 * self.settings.diagnose_s
         if not math.isnan(self._judged_s):
-            self._late_s += max(0.0, now_s - self._judged_s - due_s)
+            self.nodes.master_late(now_s - self._judged_s - due_s)
         self._judged_s = now_s
         observation = self.observation(now_s, fresh=True)
         if observation is None:
@@ -389,19 +320,6 @@ class MasterCore:
     def status(self, now_s: float, cost_ms_per_s: float = 0.0) -> MasterStatus:
         """For ``watch`` and reports."""
         generation, observation = self.generation, self.observation(now_s)
-        nodes = tuple(
-            NodeStatus(
-                node_id=node_id,
-                node_name=node.name,
-                report_age_s=now_s - node.reported_s,
-                agent_restarts=node.restarts,
-                agent_errors=node.errors,
-                agent_cost_ms_per_s=node.cost_ms_per_s,
-                agent_bytes_per_s=node.rate,
-                quarantined=self.quarantine.get(node_id, ""),
-            )
-            for node_id, node in self._nodes.items()
-        )
         return MasterStatus(
             run=self.run,
             generation=generation.number if generation is not None else 0,
@@ -409,13 +327,13 @@ class MasterCore:
             running_s=now_s - self.began_s if generation is not None else 0.0,
             state=self.state,
             ranks=rank_rows(generation, observation),
-            nodes=nodes,
+            nodes=self.nodes.statuses(generation, self.quarantine, now_s),
             verdicts=tuple(self.verdicts[-50:]),
             quarantine=dict(self.quarantine),
             delays=delay_matrices(observation) if observation is not None else (),
             waiting=waits(observation) if observation is not None else (),
             operation_s=median_operation_s(observation) if observation is not None else math.nan,
-            bytes_per_s=sum(node.rate for node in self._nodes.values()),
+            bytes_per_s=self.nodes.bytes_per_s(),
             cost_ms_per_s=cost_ms_per_s,
             injection=self.settings.injection,
         )
@@ -444,30 +362,3 @@ class MasterCore:
         self.verdicts = [verdict_from(one) for one in data["verdicts"]]
         self._fences.restore(data["fences"])
         self.began_s = now_s
-
-    # ---- inside
-
-    def _count_bytes(self, node: _Node, count: int, now_s: float) -> None:
-        node.bytes += count
-        node.rate_bytes += count
-        if math.isnan(node.rate_since_s):
-            node.rate_since_s = now_s
-        elif now_s - node.rate_since_s >= 5.0:
-            node.rate = node.rate_bytes / (now_s - node.rate_since_s)
-            node.rate_bytes, node.rate_since_s = 0, now_s
-
-
-def _never_reported(generation: Generation, node_id: str, silent_s: float) -> Observation:
-    """Rows for the workers of a node whose agent has never been heard of."""
-    workers = generation.on_node(node_id)
-    count = len(workers)
-    ranks = RankRows(
-        rank=np.array([worker.rank for worker in workers], dtype=np.int32),
-        node=np.zeros(count, dtype=np.int32),
-        process_state=np.full(count, ProcessState.UNKNOWN, dtype=np.uint8),
-        heartbeat_age_s=np.full(count, np.nan, dtype=np.float32),
-        report_age_s=np.full(count, silent_s, dtype=np.float32),
-        cpu_share=np.full(count, np.nan, dtype=np.float32),
-        step_s=np.full(count, np.nan, dtype=np.float32),
-    )
-    return Window.of_ranks_only(ranks, generation.number, workers[0].node_name)

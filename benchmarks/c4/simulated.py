@@ -63,8 +63,8 @@ def add_rows(bench: Benchmark, key: str, result: CampaignResult) -> None:
 def verdict_seconds(ranks: int = 10_000, repeats: int = 5) -> tuple[float, list[dict[str, object]]]:
     """Seconds from the nodes' reports to the verdicts (merge and diagnose; one thread, no torch): median of the slowest look.
 
-    Three kinds: healthy, a slow rank that is named, a stuck rank that is named. The busiest groups' histories are full, every report brings a
-    step's new blocks.
+    Three kinds: healthy, a slow rank that is named, a stuck rank that is named. The busiest groups' histories are full, and
+    every report brings the new blocks of a whole step.
     """
     shape = shape_for(ranks)
     job = HealthyJob(shape, Pace(), seed=3)

@@ -13,6 +13,7 @@ import random
 import shutil
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -156,8 +157,13 @@ def work(rank: int, run: str, number: int, job: Job, folder: str, rings: str) ->
     if recorder.path is None:
         raise RuntimeError("the worker has no ring")
     hook.install(Path(folder, "control"), C4Group, hook.ring_mark(recorder.path))
-    dist.init_process_group("c4", init_method=f"file://{folder}/store", rank=rank, world_size=job.world_size)
-    _train(rank, job, Path(folder))
+    try:
+        dist.init_process_group("c4", init_method=f"file://{folder}/store", rank=rank, world_size=job.world_size)
+        _train(rank, job, Path(folder))
+    except Exception:
+        # As a worker of Ray Train does whose loop has raised: it lives on until it is told to end.
+        traceback.print_exc()
+        time.sleep(86400)
 
 
 def _train(rank: int, job: Job, folder: Path) -> None:

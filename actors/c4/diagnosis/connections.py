@@ -33,6 +33,16 @@ class _Cells:
     decide_s: NDArray[np.float64]
     row: NDArray[np.int64]
     """The series that speaks for it: the hottest."""
+    ratio: NDArray[np.float64]
+    """That series' present over normal; 1 where it is not known."""
+
+    def warm(self, members: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of ``members`` go with the hot ones among them: hot themselves, or raised by more than half as much.
+
+        What lies in a line with hot cells needs less of a proof than a cell that is accused alone.
+        """
+        usual = float(np.median(self.ratio[members[self.hot[members]]]))
+        return self.hot[members] | (self.ratio[members] > 1 + 0.6 * (usual - 1))
 
 
 def connection_suspicions(
@@ -89,12 +99,13 @@ def _cells(source, destination, across, trend, world) -> _Cells:  # type: ignore
     decide = np.full(count, np.inf)
     np.minimum.at(decide, inverse, trend.decide_s)
     row = np.zeros(count, dtype=np.int64)
-    heat = np.where(trend.slow, np.nan_to_num(trend.ratio, nan=1.0), -1.0)
+    ratio = np.nan_to_num(trend.ratio, nan=1.0)
+    heat = ratio + 1e6 * trend.slow
     order = np.argsort(heat, kind="stable")
     row[inverse[order]] = order
     where = np.zeros(count, dtype=bool)
     where[inverse] = across
-    return _Cells(pair // world, pair % world, where, hot, near & ~hot, decide, row)
+    return _Cells(pair // world, pair % world, where, hot, near & ~hot, decide, row, ratio[row])
 
 
 def _explain(cells, trend, places, now_s, interval):  # type: ignore[no-untyped-def]
@@ -123,8 +134,7 @@ def _explain(cells, trend, places, now_s, interval):  # type: ignore[no-untyped-
         hot = members[cells.hot[members]]
         began = max(float(trend.streak[row] * BLOCK_OPS * interval[row]) for row in cells.row[hot])
         young = ~cells.hot[members] & ((cells.decide_s[members] > began) | cells.near[members])
-        # Of a node's many connections some may hide behind their noise; of a rank's few none.
-        if len(hot) == len(members) or (len(members) >= 8 and len(hot) >= 0.85 * len(members)):
+        if cells.warm(members).all() or (len(members) >= 8 and len(hot) >= 0.85 * len(members)):
             yield kind, members, not undecided[members].any()
             left[members] = False
         elif len(hot) + int(young.sum()) == len(members):

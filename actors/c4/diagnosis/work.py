@@ -86,6 +86,10 @@ def work_suspicions(
             best[one] = int(row)
     # Who is slow, but whose mates have had no time to show that they wait, is about to join, too.
     near = set(rank[(trend.near | slow) & ~expert].tolist())
+    if len(best) > 1:
+        # Beside slow ranks of a node it takes less of a proof: raised by more than half as much is on the way to it.
+        usual = float(np.median(trend.ratio[list(best.values())]))
+        near |= set(rank[(trend.ratio > 1 + 0.6 * (usual - 1)) & ~expert].tolist())
     return _by_node(best, near, trend, history, layout, places, group, most_held, interval, now_s)
 
 
@@ -145,7 +149,8 @@ def _suspicion(ranks, best, trend, layout, group, held, interval, now_s, node=""
     who = f"rank {ranks[0]}" if len(ranks) == 1 else f"all {len(ranks)} ranks of node {node}"
     said = [
         f"Between operations of group {where.name!r} {who} works {trend.present[row] * 1e3:.2f} ms "
-        f"where {trend.normal[row] * 1e3:.2f} ms is normal ({ratio:.2f} x), over {int(trend.streak[row])} blocks of {BLOCK_OPS} operations."
+        f"where {trend.normal[row] * 1e3:.2f} ms is normal ({ratio:.2f} x), "
+        f"over {int(trend.streak[row])} blocks of {BLOCK_OPS} operations."
     ]
     if np.isfinite(trend.like[row]):
         said.append(f"The others that do the same work take {trend.like[row] * 1e3:.2f} ms.")

@@ -1,7 +1,7 @@
-"""NCCL operations: one thread polls whether they have begun and ended, so that no stream, device or caller ever waits for a record.
+"""NCCL operations: one thread polls whether they have begun and ended, so that no stream, device or caller waits for a record.
 
-The begin is an event on the stream that the operation was called on, the end is the work's own (``is_completed`` queries NCCL's end
-event; waiting for a work, even on another stream, would release the tensors that it holds). Both are late by a polling interval
+The begin is an event on the stream that the operation was called on, the end is the work's own (``is_completed`` queries NCCL's
+end event; waiting for a work, even on another stream, would release the tensors that it holds). Both are late by one poll
 at most; where NCCL times its works (``TORCH_NCCL_ENABLE_TIMING``, set here), the device's own duration dates the start.
 """
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic_ns
-from typing import Any, NoReturn
+from typing import Any
 
 from actors.c4.recorder.failing import WITNESS_S, Failure
 from actors.c4.recorder.plan import Plan
@@ -115,7 +115,8 @@ class _Run:
             want_out = select.POLLIN | (select.POLLOUT if flowing and (self.sending or self.rest or self.queue) else 0)
             want_in = select.POLLIN if self.awaited or not self.announced else 0
             if (want_out, want_in) != wanted:
-                poller.register(out_fd, want_out)
+                if out_fd >= 0:
+                    poller.register(out_fd, want_out)
                 if want_in:
                     poller.register(in_fd, want_in)
                 elif wanted is not None and wanted[1]:
@@ -129,6 +130,8 @@ class _Run:
             for fd, event in poller.poll(min(left_ms + 1, _STALL_POLL_MS if not flowing else 1000)):
                 if fd == out_fd and event & (select.POLLIN | select.POLLHUP | select.POLLERR):
                     self._hear_successor()
+                    poller.unregister(out_fd)  # it left, having all that it needed
+                    out_fd = -1
 
     # ---- sending
 
@@ -239,8 +242,11 @@ class _Run:
 
     # ---- what goes wrong
 
-    def _hear_successor(self) -> NoReturn:
-        """Backwards comes nothing but a reason to give up, or the end."""
+    def _hear_successor(self) -> None:
+        """Backwards comes nothing but a reason to give up, or the end.
+
+        Whoever needs nothing more of this operation may leave; if it was lost, who waits for it says so.
+        """
         self.out_socket.settimeout(0.2)
         text = None
         error = None
@@ -254,6 +260,8 @@ class _Run:
             pass
         finally:
             self.out_socket.setblocking(False)
+        if text is None and not (self.unsent or self.sending or self.rest or self.queue):
+            return
         if text is None:
             self.failure.lost(self.transport.successor, error, self._rest())
         self.failure.told(text, self._rest())

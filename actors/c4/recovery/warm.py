@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 PRELOAD_VARIABLE = "SEXTANT_C4_PRELOAD"
-BASE = ("torch", "torch.distributed", "torch.nn.parallel", "ray.train", "ray.train.torch", "actors.c4.ray_train")
+BASE = (
+    "torch", "torch.distributed", "torch.nn.parallel", "ray.train", "ray.train.torch", "actors.c4.ray_train",
+    "actors.c4.recorder.backend", "actors.c4.recorder.native",
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ those of this simulation under the assumptions of ``MonthConfig``; none is measu
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
+from actors.c4.diagnosis.verdict import FaultClass, FaultKind
 from apps.program.config import Config
 from apps.program.errors import UserError
 
@@ -139,8 +141,8 @@ def read_measured(path: Path) -> MeasuredTimes:
         rows = json.loads(path.read_text(encoding="utf-8")).get("rows", [])
         found: dict[str, list[float]] = {}
         for row in rows:
-            seconds, name = row.get("detection_s"), row.get("class", row.get("fault_class"))
-            if isinstance(seconds, (int, float)) and isinstance(name, str) and seconds >= 0:
+            seconds, name = row.get("detection_s"), _class_of(row.get("expected", row.get("class")))
+            if isinstance(seconds, (int, float)) and name and math.isfinite(seconds) and row.get("right", True):
                 found.setdefault(name, []).append(float(seconds))
     except OSError as error:
         raise UserError(f"The benchmark result {path} cannot be read: {error.strerror}.") from error
@@ -151,6 +153,13 @@ def read_measured(path: Path) -> MeasuredTimes:
             f"{path} holds no trials with a class and a detection_s: give the result of benchmarks.c4_diagnosis."
         )
     return MeasuredTimes({name: tuple(times) for name, times in found.items()}, str(path))
+
+
+def _class_of(name: object) -> str | None:
+    """The class that a name of a class, or of a kind, stands for."""
+    if name in list(FaultClass):
+        return str(name)
+    return FaultKind(str(name)).fault_class.value if name in list(FaultKind) else None
 
 
 @dataclass(frozen=True)

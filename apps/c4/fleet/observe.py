@@ -132,6 +132,7 @@ class Reporter:
             (step_s * (1 + 0.02 * rng.standard_normal(count))).astype(np.float32),
         )  # fmt: skip
 
+    @np.errstate(invalid="ignore")  # a time that never comes minus another one
     def _progress(self, scenario, moment, past, steps_before, struck):  # type: ignore[no-untyped-def]
         parts, opened = [], {}
         wrong = {one.fault.ranks[0]: one.fault for one in struck if one.fault.kind is Injected.MISMATCH}

@@ -236,7 +236,7 @@ def test_rows_age_while_an_agent_is_silent_but_not_while_it_is_restarted(core: M
     seen = core.observation(13.0)
     assert seen is not None
     assert dict(zip(seen.ranks.rank.tolist(), seen.ranks.report_age_s.tolist(), strict=True))[3] == pytest.approx(3.0)
-    core.agent_lost("n1", 11.0)
+    core.nodes.agent_lost("n1", 11.0)
     excused = core.observation(13.0)
     assert excused is not None
     assert excused.ranks.report_age_s.max() == 0
@@ -260,7 +260,7 @@ def test_what_the_master_slept_through_is_no_silence_of_others(core: MasterCore,
 
 def test_an_agent_that_came_back_is_counted_and_its_silence_counts_again(core: MasterCore) -> None:
     both(core, 10.0)
-    core.agent_lost("n1", 10.5)
+    core.nodes.agent_lost("n1", 10.5)
     push(core, "n1", 11.0, incarnation=2.0)
     seen = core.observation(14.0)
     assert seen is not None
@@ -270,8 +270,8 @@ def test_an_agent_that_came_back_is_counted_and_its_silence_counts_again(core: M
 
 def test_rows_of_a_node_that_the_cluster_calls_dead_are_infinitely_old(core: MasterCore) -> None:
     both(core, 10.0)
-    core.agent_lost("n1", 10.0)
-    core.node_lost("n1")
+    core.nodes.agent_lost("n1", 10.0)
+    core.nodes.node_lost("n1")
     seen = core.observation(10.1)
     assert seen is not None
     assert sorted(seen.ranks.report_age_s.tolist())[2:] == [math.inf, math.inf]

@@ -149,6 +149,7 @@ struct Ring {
   int64_t ready_ns, first_ns, adding_ns;
   std::vector<uint8_t> slice;
   int64_t rate = 0;
+  bool successor_left = false;  // for good, and in order: it had all that it needed
 };
 
 Ring* c4_ring_new() { return new Ring(); }
@@ -393,7 +394,7 @@ Status turn(Ring& r) {
     int went = flowing && something_to_send(r) ? send_some(r, status) : 0;
     if (went < 0) return status;
     if (came || went) continue;
-    pollfd fds[2] = {{r.job.out_fd, short(POLLIN | (flowing && something_to_send(r) ? POLLOUT : 0)), 0},
+    pollfd fds[2] = {{r.successor_left ? -1 : r.job.out_fd, short(POLLIN | (flowing && something_to_send(r) ? POLLOUT : 0)), 0},
                      {r.job.in_fd, POLLIN, 0}};
     int64_t left_ms = (r.job.deadline_ns - now_ns()) / 1000000;
     if (left_ms < 0) return kTimeout;
@@ -403,7 +404,12 @@ Status turn(Ring& r) {
       r.out->error = errno;
       return kProtocol;
     }
-    if (fds[0].revents & (POLLIN | POLLHUP | POLLERR)) return hear_successor(r);
+    if (fds[0].revents & (POLLIN | POLLHUP | POLLERR)) {
+      Status heard = hear_successor(r);
+      // Whoever needs nothing more of this operation may leave; if it was lost, who waits for it says so.
+      if (heard != kLostSuccessor || something_to_send(r) || r.out->unsent) return heard;
+      r.successor_left = true;
+    }
   }
   return kDone;
 }

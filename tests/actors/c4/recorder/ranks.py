@@ -34,7 +34,18 @@ def run_ranks(
         workers = [
             context.Process(
                 target=_rank,
-                args=(rank, size, f"{place}/store", str(folder), answers, function, arguments, timeout_s, backend, options or {}),
+                args=(
+                    rank,
+                    size,
+                    f"{place}/store",
+                    str(folder),
+                    answers,
+                    function,
+                    arguments,
+                    timeout_s,
+                    backend,
+                    options or {},
+                ),
                 daemon=True,
             )
             for rank in range(size)

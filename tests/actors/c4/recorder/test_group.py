@@ -20,7 +20,16 @@ from actors.c4.recorder.records import ElementType, OpFlag, OpType
 from tests.actors.c4.recorder.ranks import Ended, run_ranks
 
 SIZE = 4
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64]
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+]
 COUNTS = (0, 1, 3, 1000, 20_001)  # nothing, fewer than ranks, odd, one piece, several pieces that do not divide
 
 
@@ -75,7 +84,11 @@ def check_all(rank: int, size: int) -> dict[str, Any]:
     one, two = torch.full((70_000,), float(rank)), torch.full((5,), float(rank))
     works = [dist.all_reduce(one, async_op=True), dist.all_reduce(two, group=mine, async_op=True)]
     futures = [work.get_future() for work in works]
-    found["async"] = (futures[0].wait()[0][0].item(), futures[1].wait()[0][0].item(), [work.is_completed() for work in works])
+    found["async"] = (
+        futures[0].wait()[0][0].item(),
+        futures[1].wait()[0][0].item(),
+        [work.is_completed() for work in works],
+    )
     alone = dist.new_group([rank], use_local_synchronization=True)
     lonely = torch.ones(3)
     dist.all_reduce(lonely, group=alone)
@@ -107,7 +120,9 @@ def same(operation: Callable[[Any], list[torch.Tensor]], gloo: Any) -> Any:
     """Largest difference from gloo, or the error's text."""
     try:
         ours, theirs = operation(None), operation(gloo)
-        return max(((a.double() - b.double()).abs().max().item() for a, b in zip(ours, theirs, strict=True)), default=0.0)
+        return max(
+            ((a.double() - b.double()).abs().max().item() for a, b in zip(ours, theirs, strict=True)), default=0.0
+        )
     except Exception as error:
         return repr(error)
 
@@ -126,7 +141,9 @@ def _all_gather_single(group: Any) -> list[torch.Tensor]:
 
 def _reduce_scatter(group: Any) -> list[torch.Tensor]:
     out = torch.empty(4)
-    dist.reduce_scatter(out, [values(4, torch.float32, dist.get_rank() * 10 + part) for part in range(SIZE)], group=group)
+    dist.reduce_scatter(
+        out, [values(4, torch.float32, dist.get_rank() * 10 + part) for part in range(SIZE)], group=group
+    )
     return [out]
 
 
@@ -157,7 +174,9 @@ def _gather(group: Any) -> list[torch.Tensor]:
 
 def _scatter(group: Any) -> list[torch.Tensor]:
     out = torch.empty(2)
-    dist.scatter(out, [torch.full((2,), float(i)) for i in range(SIZE)] if dist.get_rank() == 0 else None, 0, group=group)
+    dist.scatter(
+        out, [torch.full((2,), float(i)) for i in range(SIZE)] if dist.get_rank() == 0 else None, 0, group=group
+    )
     return [out]
 
 

@@ -36,7 +36,9 @@ sizes = st.integers(2, 8)
 
 
 @given(sizes, st.integers(1, 40), st.integers(1, 64))
-def test_ordered_all_reduce_adds_every_element_in_rank_order_wherever_it_lies(size: int, count: int, piece: int) -> None:
+def test_ordered_all_reduce_adds_every_element_in_rank_order_wherever_it_lies(
+    size: int, count: int, piece: int
+) -> None:
     result = walk(OpType.ALL_REDUCE, words(size, count), piece_bytes=piece)
     for index in range(count):
         wanted = f"a{index}"
@@ -50,7 +52,9 @@ def test_rotated_all_reduce_adds_every_rank_once_and_leaves_all_alike(size: int,
     result = walk(OpType.ALL_REDUCE, words(size, count), piece_bytes=piece, rotated=True)
     assert all(row == result[0] for row in result)
     for index, value in enumerate(result[0]):
-        assert sorted(value.replace("(", "").replace(")", "").split("+")) == [f"{'abcdefgh'[rank]}{index}" for rank in range(size)]
+        assert sorted(value.replace("(", "").replace(")", "").split("+")) == [
+            f"{'abcdefgh'[rank]}{index}" for rank in range(size)
+        ]
 
 
 @given(sizes, st.integers(1, 5), st.integers(4, 16))
@@ -76,7 +80,9 @@ def test_all_gather_and_broadcast_only_carry(size: int, each: int, piece: int) -
     st.integers(0, 6),
 )  # fmt: skip
 def test_what_one_rank_sends_the_next_one_receives(size: int, op: OpType, rotated: bool, each: int) -> None:
-    plans = [make_plan(op, each * size * ITEM, ITEM, rank, size, piece_bytes=8, rotated=rotated) for rank in range(size)]
+    plans = [
+        make_plan(op, each * size * ITEM, ITEM, rank, size, piece_bytes=8, rotated=rotated) for rank in range(size)
+    ]
     assert all(plan.rows == plans[0].rows for plan in plans)
     for rank, plan in enumerate(plans):
         assert plan.sends == plans[(rank + 1) % size].receives

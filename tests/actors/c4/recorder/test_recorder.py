@@ -22,7 +22,9 @@ from actors.c4.recorder.records import OpType
 
 
 def config(folder: Path, **changes: object) -> RecordingConfig:
-    return RecordingConfig(**{"run": "r", "generation": 0, "rank": 0, "world_size": 2, "directory": str(folder), **changes})  # type: ignore[arg-type]
+    return RecordingConfig(
+        **{"run": "r", "generation": 0, "rank": 0, "world_size": 2, "directory": str(folder), **changes}
+    )  # type: ignore[arg-type]
 
 
 def until(what: Callable[[], bool]) -> bool:
@@ -34,7 +36,9 @@ def until(what: Callable[[], bool]) -> bool:
     return True
 
 
-def test_without_a_place_for_the_ring_training_goes_on_unrecorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_place_for_the_ring_training_goes_on_unrecorded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
     recorder = Recorder(config(tmp_path / "file" / "rings"))
     group = recorder.communicator("0", "", (0, 1))
@@ -47,7 +51,9 @@ def test_without_a_place_for_the_ring_training_goes_on_unrecorded(tmp_path: Path
         Recorder(config(tmp_path / "file" / "rings", required=True))
 
 
-def test_a_full_memory_is_an_error_at_the_start_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_memory_is_an_error_at_the_start_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

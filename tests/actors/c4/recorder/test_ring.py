@@ -58,8 +58,20 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
         assert record["end_ns"] == 0
         assert list(seen.open_operations["op_id"]) == [op]
         sent, got = seen.edges
-        assert (sent["source"], sent["destination"], sent["bytes"], sent["messages"], sent["progress_ns"]) == (1, 2, 100, 1, 11)
-        assert (got["source"], got["destination"], got["bytes"], got["messages"], got["progress_ns"]) == (0, 1, 100, 2, 13)
+        assert (sent["source"], sent["destination"], sent["bytes"], sent["messages"], sent["progress_ns"]) == (
+            1,
+            2,
+            100,
+            1,
+            11,
+        )
+        assert (got["source"], got["destination"], got["bytes"], got["messages"], got["progress_ns"]) == (
+            0,
+            1,
+            100,
+            2,
+            13,
+        )
         assert (got["lateness_ns"], got["wait_ns"], got["transfer_ns"]) == (7, 5, 10)
         ring.end(op, OpFlag.FAILED)
         ring.end(op)  # the second one changes nothing
@@ -158,7 +170,9 @@ def test_a_record_under_writing_is_left_out(tmp_path: Path) -> None:
         assert seen.missed == 1
 
 
-@given(st.dictionaries(st.text(max_size=20), st.tuples(st.sampled_from(["dp", "tp", ""]), st.integers(1, 40)), max_size=12))
+@given(
+    st.dictionaries(st.text(max_size=20), st.tuples(st.sampled_from(["dp", "tp", ""]), st.integers(1, 40)), max_size=12)
+)
 def test_the_table_of_communicators_comes_back(rows: dict[str, tuple[str, int]]) -> None:
     wanted = [Communicator(name, role, tuple(range(size))) for name, (role, size) in rows.items()]
     with tempfile.TemporaryDirectory() as folder:
@@ -214,7 +228,11 @@ def test_rings_are_found_by_run_and_generation(tmp_path: Path) -> None:
     new_ring(tmp_path, "a", 1, 0, 2)
     new_ring(tmp_path, "a", 2, 0, 2)
     new_ring(tmp_path, "b", 1, 1, 2)
-    assert [(one.run, one.generation, one.rank) for one in discover(tmp_path)] == [("a", 1, 0), ("a", 2, 0), ("b", 1, 1)]
+    assert [(one.run, one.generation, one.rank) for one in discover(tmp_path)] == [
+        ("a", 1, 0),
+        ("a", 2, 0),
+        ("b", 1, 1),
+    ]
     assert [one.generation for one in discover(tmp_path, run="a")] == [1, 2]
     assert [one.run for one in discover(tmp_path, generation=1)] == ["a", "b"]
 
@@ -271,4 +289,6 @@ def test_reading_needs_neither_torch_nor_ray() -> None:
         " actors.c4.recorder.nccl_reports, actors.c4.recorder.ring, actors.c4.recorder.transport;"
         "print([name for name in ('torch', 'ray') if name in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -111,4 +111,7 @@ def test_deepspeed_zero_3_trains_as_on_gloo_and_is_recorded(tmp_path: Path) -> N
     for one, other in zip(ours, theirs, strict=True):
         assert one.value["losses"] == other.value["losses"]  # of two ranks a sum has one order
         assert one.value["losses"][-1] < one.value["losses"][0]
-        assert {(kind, ring) for _, kind, ring in one.value["records"]} >= {("ALL_GATHER", True), ("REDUCE_SCATTER", True)}
+        assert {(kind, ring) for _, kind, ring in one.value["records"]} >= {
+            ("ALL_GATHER", True),
+            ("REDUCE_SCATTER", True),
+        }

@@ -59,7 +59,9 @@ class Rank:
     ) -> None:  # fmt: skip
         width, payload = tensor.element_size(), tensor.numel() * tensor.element_size()
         me, size, ranks = self.transport.rank, self.transport.size, self.transport.ranks
-        plan = make_plan(op, payload, width, me, size, root=0, piece_bytes=self.transport.options.piece_bytes, rotated=form == 1)
+        plan = make_plan(
+            op, payload, width, me, size, root=0, piece_bytes=self.transport.options.piece_bytes, rotated=form == 1
+        )
         call = Announcement(sequence, payload, -1, op, element_type([tensor]), 2 if average else 1, form)
         op_id = self.ring.enter(0, sequence, op, call.element_type, payload)
         outgoing = self.ring.open_edge(op_id, sequence, 0, ranks[me], self.transport.successor)
@@ -127,11 +129,16 @@ def together(ranks: list[Rank], call: Callable[[Rank], None], but: int | None = 
 
 
 def inputs(size: int, count: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    made = [torch.randn(count, generator=torch.Generator().manual_seed(rank), dtype=torch.float64) * 20 for rank in range(size)]
+    made = [
+        torch.randn(count, generator=torch.Generator().manual_seed(rank), dtype=torch.float64) * 20
+        for rank in range(size)
+    ]
     return [(one if dtype.is_floating_point else one.abs()).to(dtype) for one in made]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int16, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int16, torch.uint8]
+)
 @pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
 def test_both_engines_give_the_same_bits(dtype: torch.dtype) -> None:
     results = []
@@ -297,6 +304,24 @@ def test_a_lost_peer_is_named_at_every_rank_at_once(kind: str) -> None:
         assert time.monotonic() - began < 20  # not the timeout of 30 s
         assert [type(raised[rank]) for rank in (0, 1, 3)] == [PeerLostError] * 3
         assert all("rank 14 is gone" in str(raised[rank]) for rank in (0, 1, 3))
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_rank_that_has_all_it_needs_may_leave_before_the_others(kind: str) -> None:
+    with Ring(3, kind) as ranks:
+        ranks[1].controls.stall(14)
+        tensors = {id(rank): torch.full((5000,), float(number)) for number, rank in enumerate(ranks)}
+
+        def run(rank: Rank) -> None:
+            rank.run(tensors[id(rank)], op=OpType.BROADCAST)
+            if rank is ranks[0]:  # the root; its predecessor, rank 14, still waits for rank 12
+                rank.transport.close()
+                threading.Timer(0.2, ranks[1].controls.free, (14,)).start()
+
+        assert together(ranks, run) == [None] * 3
+        assert all(not tensor.any() for tensor in tensors.values())
+        raised = together(ranks, lambda rank: rank.run(torch.ones(5000), 2), but=0)
+        assert [type(error) for error in raised] == [type(None), PeerLostError, PeerLostError]
 
 
 @pytest.mark.parametrize("kind", ENGINES)

@@ -15,7 +15,7 @@ import torch
 from actors.c4.recovery import disk
 from actors.c4.recovery.keeper import Keeper
 from actors.c4.recovery.memory import REPORTS, STATES
-from actors.c4.recovery.parts import PartId, Version, read_directory, whole_versions
+from actors.c4.recovery.parts import PartId, Version, whole_versions
 from actors.c4.recovery.randomness import random_states, set_random_states
 from actors.c4.recovery.settings import CheckpointSettings
 from actors.c4.recovery.step_state import StepState

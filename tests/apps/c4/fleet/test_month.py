@@ -61,11 +61,14 @@ def test_the_month_is_never_longer_than_a_month():
 
 def test_measured_detection_times_are_used(tmp_path):
     file = tmp_path / "result.json"
-    file.write_text(
-        json.dumps(
-            {"rows": [{"part": "trial", "class": "non_communication_hang", "detection_s": 30.0}, {"part": "other"}]}
-        )
-    )
+    rows = [
+        {"part": "trial", "expected": "non_communication_hang", "detection_s": 30.0, "right": True},
+        {"part": "trial", "expected": "process_dead", "detection_s": 30.0, "right": True},
+        {"part": "trial", "expected": "process_dead", "detection_s": 900.0, "right": False},
+        {"part": "trial", "expected": "process_dead", "detection_s": None},
+        {"part": "other"},
+    ]
+    file.write_text(json.dumps({"rows": rows}))
     measured = read_measured(file)
     config = MonthConfig(faults=10, months=20, mix=CRASHES, stays_broken=0)
     assert mean(config, "c4", Row.DETECTION, measured) == pytest.approx(300, rel=0.01)
