@@ -34,7 +34,7 @@ TARGETS = [
 def main() -> int:
     """Runs everything; returns the exit code."""
     options: dict[str, dict[str, Any]] = {
-        "--trials": {"type": int, "help": "live faults (default 60; 12 with --quick)"},
+        "--trials": {"type": int, "help": "live faults (default 60; 10 with --quick)"},
         "--healthy-minutes": {"type": float, "help": "default 10; 0.3 with --quick"},
         "--seed": {"type": int, "default": 0, "help": "of kinds, ranks, times and factors"},
         "--only": {"choices": ("live", "healthy", "actors", "simulated"), "help": "one part alone"},
@@ -63,7 +63,7 @@ def main() -> int:
 
 def run_live(bench: Benchmark, rings: Path) -> None:
     """The injected faults: accuracy, detection times, confusion."""
-    count = bench.arguments.trials or (12 if bench.quick else 60)
+    count = bench.arguments.trials or (10 if bench.quick else 60)
     bench.say(f"{count} live faults")
     done, false_alarms, monitor = live.trials(count, bench.arguments.seed, rings, bench.say)
     times = sorted(trial.detection_s for trial in done)

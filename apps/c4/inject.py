@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from actors.c4.injection.faults import KINDS, Fault, FaultName, InjectionError
-from actors.cluster.session import ray_session
+from apps.c4.attach import running_job
 from apps.c4.config import C4Config
 from apps.program.errors import UserError
 from apps.program.report import print_table
@@ -36,12 +36,9 @@ def inject(
         print_table(["fault", "what it does", "named as"], fault_rows(), "faults")
         return
     wanted = chosen(fault, rank, peer, factor, rate, duration, limit)
-    with ray_session(config.ray):
+    with running_job(config.ray, run) as (name, master):
         import ray
 
-        from actors.c4.master import find_master
-
-        name, master = find_master(run)
         try:
             said = ray.get(master.inject.remote(wanted), timeout=INJECT_WAIT_S)
         except InjectionError as error:

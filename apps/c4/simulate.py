@@ -15,7 +15,7 @@ from apps.c4.fleet.campaign import CampaignResult, Plan, run_campaign, wilson
 from apps.c4.fleet.clockwork import Pace, effects_of
 from apps.c4.fleet.faults import CLASSES, FleetFault, Injected
 from apps.c4.fleet.observe import Struck
-from apps.c4.fleet.shape import shape_for
+from apps.c4.fleet.shape import Shape, shape_for
 from apps.c4.fleet.trial import HealthyJob, onset_of
 from apps.program.errors import UserError
 
@@ -105,10 +105,10 @@ def confusion_rows(result: CampaignResult) -> tuple[list[str], list[list[Any]]]:
 
 
 def example_pictures(seed: int) -> Sequence[tuple[str, Any, str]]:
-    """(heading, figure, caption): delay matrix of a slow sender and waiting chain of a stuck rank, in a job of 64 ranks."""
+    """(heading, figure, caption): delay matrix of a slow sender and waiting chain of a stuck rank, in a job of 16 ranks."""
     from apps.c4.pictures import delay_matrix_figure, waiting_chain_figure
 
-    shape = shape_for(64)
+    shape = Shape(data=4, tensor=2, pipeline=2, micro_batches=4)
     job = HealthyJob(shape, Pace(), seed)
     culprit = shape.ranks // 2 + 3
     slow = FleetFault(Injected.SENDER_SLOW, (culprit,), factor=3.0)
@@ -120,7 +120,7 @@ def example_pictures(seed: int) -> Sequence[tuple[str, Any, str]]:
 
     stuck = FleetFault(Injected.STUCK, (culprit,), wave=3)
     clock = job.clock.fork(1, seed)
-    free = clock.free
+    free = clock.free.copy()
     step = clock.step(effects_of(shape, [[stuck]]))
     onset = onset_of(shape, free, step, 0, stuck)
     now = (onset or float(job.clock.free.max())) + 8 * job.step_s

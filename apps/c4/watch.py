@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.c4.ports import CLEARED, DelayMatrix, MasterStatus, NumberedVerdict, RankStatus, Wait
-from actors.cluster.session import ray_session
+from apps.c4.attach import running_job
 from apps.c4.config import C4Config
 from apps.program.errors import UserError
 
@@ -36,10 +36,7 @@ def watch(
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 140)  # into a file or a pipe: names in full
-    with ray_session(config.ray):
-        from actors.c4.master import find_master
-
-        name, master = find_master(run)
+    with running_job(config.ray, run) as (name, master):
         if once or not sys.stdout.isatty():
             console.print(render(_status(name, master), time.time()))
             return

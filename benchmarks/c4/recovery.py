@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import threading
@@ -46,7 +47,7 @@ def virtual_cluster(nodes: int) -> Iterator[Any]:
     try:
         for _ in range(nodes):
             cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         yield cluster
     finally:
         ray.shutdown()
@@ -275,7 +276,7 @@ def wait_until_warm(run: str, processes: int, timeout_s: float) -> bool:
     A fault while they are still importing is a fault soon after the last one: it recovers as slowly as without warm processes.
     """
     deadline = time.monotonic() + timeout_s
-    seen: dict[int, float] = {}
+    seen: Mapping[int, float] = {}
     while time.monotonic() < deadline:
         used = _idle_cpu_seconds(run)
         ready = [pid for pid, seconds in used.items() if seconds > 1.0 and seen.get(pid) == seconds]

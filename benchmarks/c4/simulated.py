@@ -74,7 +74,7 @@ def verdict_seconds(ranks: int = 10_000, repeats: int = 5) -> tuple[float, list[
     for name, fault, expected in (("healthy", None, 0), ("slow rank", slow, 1), ("stuck rank", stuck, 1)):
         clock, memory, last, index = job.clock.fork(1, 5), job.memory, job.last, job.steps
         for _ in range(6):
-            free = clock.free
+            free = clock.free.copy()
             step = clock.step(effects_of(shape, [[fault] if fault else []]))
             hangs = fault is not None and fault.kind.is_hang
             onset = onset_of(shape, free, step, 0, fault) if hangs and fault else None

@@ -95,7 +95,7 @@ def until(what: Callable[[], Any], seconds: float = 60.0) -> Any:
         time.sleep(0.1)
 
 
-def test_the_story_of_a_run(master: Any, tmp_path: Path) -> None:
+def test_the_story_of_a_run(master: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import ray
 
     from actors.c4.master import MonitorError, find_master, start_master
@@ -137,6 +137,20 @@ def test_the_story_of_a_run(master: Any, tmp_path: Path) -> None:
         assert ask("quarantine") == {"some-node": "by hand"}
         until(all_known)
         assert ask("verdicts") == ()
+
+        # The verbs find the run by themselves.
+        from apps.c4.inject import inject
+        from apps.c4.watch import watch
+        from apps.program.cli import program
+
+        app = program("c4", "The verbs that look at a running job.")
+        app.verb(watch)
+        app.verb(inject)
+        assert app.run(["watch", "--once"]) == 0
+        assert "story: generation 1, 2 ranks, training" in capsys.readouterr().out
+        assert app.run(["watch", "--once", "--run", "other"]) == 1
+        assert app.run(["inject", "--fault", "sigstop", "--rank", "9"]) == 1
+        assert "There is no rank 9: the run story has 2 ranks now." in capsys.readouterr().err
 
         # A rank is stopped: named, its node isolated, and every worker of the generation killed, the stopped one too.
         said = ask("inject", Fault(FaultName.SIGSTOP, 1))

@@ -31,10 +31,10 @@ def run(*scenarios: str, timeout_s: float) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def fits() -> dict[str, Any]:
-    return run("faults", "mistake", timeout_s=400)
+    return run("faults", "mistake", "deepspeed", timeout_s=600)
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(620)  # the first test waits for all fits; busy machines take minutes
 def test_a_killed_and_a_stopped_worker_lose_no_step_and_do_not_come_back(fits: dict[str, Any]) -> None:
     found = fits["faults"]
     assert found["capped"] == [False, False]
@@ -78,9 +78,8 @@ def test_the_loops_own_error_reaches_the_user_first_and_within_the_budget(fits: 
     assert "evict" not in found["verdicts"]
 
 
-@pytest.mark.timeout(420)
-def test_a_deepspeed_zero_loop_resumes_bit_by_bit() -> None:
-    found = run("deepspeed", timeout_s=400)["deepspeed"]
+def test_a_deepspeed_zero_loop_resumes_bit_by_bit(fits: dict[str, Any]) -> None:
+    found = fits["deepspeed"]
     assert found["restarts"] == 1
     for step, pairs in found["losses"].items():
         for pair in pairs:

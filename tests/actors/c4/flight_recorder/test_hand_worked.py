@@ -162,7 +162,7 @@ def test_a_group_name_that_two_groups_share_is_told_apart_by_ranks() -> None:
 
 GLOO = """
 import faulthandler, os, sys, time
-faulthandler.dump_traceback_later(20, exit=True)
+faulthandler.dump_traceback_later(120, exit=True)
 import torch, torch.distributed as dist
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/.store", rank=rank, world_size=2)
@@ -189,7 +189,7 @@ def test_real_dumps_of_gloo_name_the_rank_that_skipped(tmp_path: Path) -> None:
             for rank in range(2)
         ]
     try:
-        codes = [run.wait(timeout=60) for run in runs]
+        codes = [run.wait(timeout=150) for run in runs]
     finally:
         for run in runs:
             run.kill()

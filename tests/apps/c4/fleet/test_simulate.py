@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from apps.c4.simulate import simulate
+from apps.c4.simulate import example_pictures, simulate
 from apps.program.errors import UserError
 
 
@@ -20,6 +20,11 @@ def test_a_small_campaign_leaves_a_report_with_pictures(tmp_path, capsys):
     assert 0 <= result["accuracy"] <= 1
     assert len(list(folder.glob("*.png"))) == 2
     assert "Accuracy by class" in capsys.readouterr().out
+
+
+def test_the_waiting_chain_of_the_picture_ends_at_the_culprit():
+    (_, _, _), (_, chain, _) = example_pictures(seed=0)
+    assert len(chain.axes[0].patches) >= 15  # every other rank waits for somebody
 
 
 @pytest.mark.parametrize("numbers", [{"ranks": 100, "slowdown": 1.5}, {"ranks": 64, "slowdown": 9.0}])
