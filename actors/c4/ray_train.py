@@ -1,6 +1,7 @@
 """The one door to Ray Train's internals (Ray 2.60): its controller and worker group, with C4's recovery in their hooks.
 
-Nothing else in Sextant imports ``ray.train.v2._internal`` (the workers' side of this door is ``ray_train_worker.py``).
+Nothing else in Sextant imports ``ray.train.v2._internal`` (the door's other leaves are ``ray_train_worker.py`` and
+``ray_train_helpers.py``).
 ``verify`` names what a new Ray has moved; the trainer calls it first, and tests/actors/c4/recovery/test_ray_train.py.
 """
 
@@ -22,8 +23,6 @@ from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallb
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
-from ray.train.v2._internal.execution.checkpoint.sync_actor import SynchronizationActor
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import create_scaling_policy
@@ -34,8 +33,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from actors.c4.ray_prestart import WarmProcesses, own_environment
+from actors.c4.ray_train_helpers import LATER_S, C4CheckpointManager, LatePreemption, SpareSynchronization
 from actors.c4.ray_train_worker import C4WorkerCallback
-from actors.c4.recovery import disk
 from actors.c4.recovery.failures import Cause, Failure, classify, needs_a_closer_look
 from actors.c4.recovery.outcome import C4Outcome
 from actors.c4.recovery.placement import excluding
@@ -44,8 +43,6 @@ from actors.c4.recovery.supervisor import C4Error, Supervisor
 logger = logging.getLogger(__name__)
 
 _CLOSER_LOOK_S = 0.5
-_LATER_S = 2.0
-"""What training does not wait for (Ray Train's preemption watcher, warm processes) starts so long after the first report."""
 
 _INTERNALS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("execution.controller", "TrainController._start_worker_group", ("num_workers", "resources_per_worker")),
@@ -195,7 +192,7 @@ class _SupervisorCallback(ControllerCallback, WorkerGroupCallback, ReportCallbac
         self._later: list[Callable[[], None]] = []
         self._first_report_at = float("inf")
         self.warm: WarmProcesses | None = None
-        self.spare_sync: _SpareSynchronization | None = None
+        self.spare_sync: SpareSynchronization | None = None
 
     def after_controller_start(self, train_run_context: Any) -> None:
         self._supervisor.start_keepers(self._per_worker)
@@ -232,7 +229,7 @@ class _SupervisorCallback(ControllerCallback, WorkerGroupCallback, ReportCallbac
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         self._supervisor.polled()
-        if time.monotonic() - self._first_report_at > _LATER_S:
+        if time.monotonic() - self._first_report_at > LATER_S:
             self._first_report_at = float("inf")
             self._supervisor.start_keepers(self._per_worker)
             for later in (self.warm and self.warm.fill, self.spare_sync and self.spare_sync.fill):
@@ -249,110 +246,6 @@ class _SupervisorCallback(ControllerCallback, WorkerGroupCallback, ReportCallbac
 
     def before_controller_abort(self) -> None:
         self._supervisor.finished("aborted")
-
-
-class _SpareSynchronization:
-    """Ray Train makes the actor at which ranks meet anew for each group, a second or two of imports: have one in stock."""
-
-    def __init__(self) -> None:
-        self._spare: Any = None
-        self._options: dict[str, Any] = {}
-        self._arguments: dict[str, Any] = {}
-
-    def options(self, **options: Any) -> _SpareSynchronization:
-        self._options = options
-        return self
-
-    def remote(self, **arguments: Any) -> Any:
-        self._arguments = arguments
-        spare, self._spare = self._spare, None
-        return spare if spare is not None else self._make()
-
-    def fill(self) -> None:
-        if self._spare is None and self._arguments:
-            self._spare = self._make()
-            self._spare.get_counter.remote()
-
-    def _make(self) -> Any:
-        actor_class: Any = SynchronizationActor
-        return actor_class.options(**self._options).remote(**self._arguments)
-
-
-class _LatePreemption(PreemptionCallback):
-    """Ray Train's preemption watcher, started when training runs again instead of while it starts."""
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        self._stop_watcher()
-        self._wanted, self._start_at = worker_group, time.monotonic() + _LATER_S
-
-    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        if self._wanted is not None and time.monotonic() >= self._start_at:
-            wanted, self._wanted = self._wanted, None
-            super().after_worker_group_start(wanted)
-
-    def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        self._wanted = None
-        super().before_worker_group_shutdown(worker_group)
-
-
-class C4CheckpointManager(CheckpointManager):
-    """Knows that a reported checkpoint may be in memory only: what is not on disk is kept as the newest, never in the history."""
-
-    c4_supervisor: Supervisor
-
-    def _save_state_and_delete_old_checkpoints(self) -> None:
-        newest = self._latest_checkpoint_result
-        for result in [one for one in self._checkpoint_results if one is not newest]:
-            if not self._on_disk(result):
-                self._drop(result)
-        super()._save_state_and_delete_old_checkpoints()
-
-    def _write_state_to_storage(self) -> None:
-        results, newest = self._checkpoint_results, self._latest_checkpoint_result
-        try:
-            # A later run must find only what exists.
-            self._checkpoint_results = [one for one in results if one is not newest or self._on_disk(one)]
-            self._latest_checkpoint_result = self._checkpoint_results[-1] if self._checkpoint_results else None
-            super()._write_state_to_storage()
-        except OSError as error:
-            logger.warning(
-                "The list of checkpoints could not be written to the run's storage: %s. Training goes on.", error
-            )
-        finally:
-            self._checkpoint_results, self._latest_checkpoint_result = results, newest
-
-    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
-        if not self.c4_supervisor.restored_from_memory:
-            self._fall_back_to_disk()
-        return super().before_init_train_context(workers)
-
-    def keep_what_exists(self) -> None:
-        """At the end: the history holds only checkpoints that are whole on disk."""
-        self._fall_back_to_disk()
-        for result in list(self._checkpoint_results):
-            if not self._on_disk(result):
-                self._drop(result)
-
-    def _fall_back_to_disk(self) -> None:
-        """The newest checkpoint that is whole on disk becomes the latest; damaged ones are never chosen."""
-        by_time: list[Any] = sorted(
-            self._checkpoint_results, key=lambda one: self._checkpoint_to_report_index[one.checkpoint]
-        )
-        for result in reversed(by_time):
-            if disk.is_whole(result.checkpoint.filesystem, result.checkpoint.path):
-                self._latest_checkpoint_result = result
-                return
-            logger.warning("The checkpoint %s is not whole on disk and is left out.", result.checkpoint.path)
-            self._drop(result)
-        self._latest_checkpoint_result = None
-
-    def _on_disk(self, result: Any) -> bool:
-        return disk.exists(result.checkpoint.filesystem, result.checkpoint.path)
-
-    def _drop(self, result: Any) -> None:
-        self._checkpoint_results = [one for one in self._checkpoint_results if one is not result]
-        self._checkpoint_to_report_index.pop(result.checkpoint, None)
-        self._pending_training_results.pop(result.checkpoint, None)
 
 
 class C4Controller(TrainController):
@@ -373,7 +266,7 @@ class C4Controller(TrainController):
         callback = _SupervisorCallback(supervisor, to_workers, per_worker)
         if keep_warm:
             callback.warm = WarmProcesses(per_worker)
-        callback.spare_sync = _SpareSynchronization()
+        callback.spare_sync = SpareSynchronization()
         setattr(worker_group_module, "SynchronizationActor", callback.spare_sync)  # noqa: B010 - in this controller's process only
         C4WorkerGroup.supervisor = supervisor
         controller["callbacks"] = [*controller["callbacks"], callback, to_workers]
@@ -391,7 +284,7 @@ class C4Controller(TrainController):
         for one in self._worker_group_callbacks_to_propagate:
             if type(one) is PreemptionCallback:
                 watcher: Any = one
-                watcher.__class__, watcher._wanted = _LatePreemption, None
+                watcher.__class__, watcher._wanted = LatePreemption, None
 
     def _build_result(self) -> Any:
         manager: Any = self._checkpoint_manager

@@ -111,10 +111,11 @@ class Fit:
     make: Callable[[Path, int | None, float], Any]
     folder: Path
     world_size: int
-    step_s: float = 0.05
+    step_s: float = 0.2
     steps: int | None = None
     result: Any = None
     error: BaseException | None = None
+    abandoned: bool = False
     _thread: threading.Thread | None = None
     trainer: Any = field(default=None)
 
@@ -127,11 +128,13 @@ class Fit:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Ends the loops at a step that none has reached, and waits."""
+        """Ends the loops at a step that none has reached, and waits; an abandoned fit ends with its cluster."""
+        if self.abandoned:
+            return
         if self.steps is None and not (self.folder / "stop").exists():
             newest = max((row["step"] for row in self.records.all() if row["event"] == "step"), default=0)
             temporary = self.folder / ".stop"
-            temporary.write_text(str(newest + 20))
+            temporary.write_text(str(newest + 5))  # a report keeps the ranks within one step of each other
             temporary.replace(self.folder / "stop")
         self.join(timeout_s=180)
 
