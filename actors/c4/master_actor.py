@@ -42,7 +42,9 @@ SUPERVISE_S = 0.25
 SILENT_S = 0.6
 """A node that says nothing for so long is asked whether its raylet lives: an agent may be starved on a busy host."""
 SPARE_NODES_S = 5.0
-RAYLET_WAIT_S = 0.5
+RAYLET_WAIT_S = 1.0
+RAYLET_TRIES = 3
+"""A refused connection is a dead raylet at once; a silent host must be silent so often."""
 
 
 @dataclass(frozen=True)
@@ -337,12 +339,16 @@ class C4Master:
         address = self._raylets.get(node_id)
         if address is None:
             return True
-        try:
-            _, writer = await asyncio.wait_for(asyncio.open_connection(*address), RAYLET_WAIT_S)
-        except (OSError, TimeoutError):
-            return False
-        writer.close()
-        return True
+        for _ in range(RAYLET_TRIES):
+            try:
+                _, writer = await asyncio.wait_for(asyncio.open_connection(*address), RAYLET_WAIT_S)
+            except TimeoutError:
+                continue  # a busy host, or this loop's own lateness, is no proof
+            except OSError:
+                return False
+            writer.close()
+            return True
+        return False
 
     async def _count_spares(self) -> None:
         nodes = await asyncio.to_thread(ray.nodes)

@@ -47,8 +47,9 @@ def interruption_rows(story: Story) -> tuple[list[str], list[list[Any]]]:
 
 
 def print_summary(story: Story, chapters: Sequence[Chapter]) -> None:
-    """Both tables on the terminal."""
-    print_table(*verdict_rows(chapters), title="Verdicts")
+    """Both tables on the terminal; the decisions' reasons stand in the report."""
+    columns, rows = verdict_rows(chapters)
+    print_table(columns[:-1], [row[:-1] for row in rows], title="Verdicts")
     print_table(*interruption_rows(story), title="From fault to training again")
 
 
