@@ -21,8 +21,10 @@ class RecordedWork(Work):
         super().__init__()
         self._work, self._ring, self._op_id = inner, ring, op_id
         self._future: Any = None
+        self._waited = False
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        self._waited = True
         try:
             done = self._work.wait(timeout) if timeout else self._work.wait()
         except BaseException:
@@ -32,11 +34,17 @@ class RecordedWork(Work):
         return bool(done)
 
     def poll(self) -> bool:
-        """Whether it has ended; stamps the end when it has."""
+        """Whether it has ended; stamps the end when it has.
+
+        Never waits where another thread waited: a second ``wait`` on gloo's send and receive (which complete only inside a
+        wait) waits for a second message, and would stop the heartbeat that polls here.
+        """
         if not self._work.is_completed():
             return False
+        if self._waited:  # read after is_completed: whoever completed it inside a wait stamps the end
+            return True
         try:
-            self._work.wait()  # of a complete work: at once, and raises when it failed
+            self._work.wait()  # of a complete collective: at once, and raises when it failed
             self._ring.end(self._op_id)
         except RuntimeError:
             self._ring.end(self._op_id, OpFlag.FAILED)
