@@ -29,6 +29,8 @@ class _Cells:
     across: NDArray[np.bool_]
     """Between nodes."""
     hot: NDArray[np.bool_]
+    matters: NDArray[np.bool_]
+    """Hot, and no trifle: it costs much, or has lasted long. Other hot cells only complete its line."""
     near: NDArray[np.bool_]
     decide_s: NDArray[np.float64]
     row: NDArray[np.int64]
@@ -76,10 +78,12 @@ def connection_suspicions(
     delay, block = kept.by_age(0, label)
     per_op = kept.latest(1).astype(np.float64)
     floor = settings.share_floor * np.nan_to_num(interval) / np.maximum(per_op, 1.0)
-    trend = trend_of(delay, block, BLOCK_OPS * interval, label, layout.role[group], floor, step_s, settings)
-    if not trend.slow.any():
+    trend = trend_of(delay, block, BLOCK_OPS * interval, label, layout.role[group], floor, step_s, settings, True)
+    dear = (trend.present - trend.normal) * per_op >= settings.quick_share * np.nan_to_num(interval)
+    matters = trend.slow & (dear | trend.lasting)
+    if not matters.any():
         return [], []
-    cells = _cells(source, destination, across, trend, layout.world)
+    cells = _cells(source, destination, across, trend, matters, layout.world)
     ready: list[Suspicion] = []
     waiting: list[Suspicion] = []
     for kind, members, settled in _explain(cells, trend, places, now_s, interval):
@@ -89,12 +93,13 @@ def connection_suspicions(
     return ready, waiting
 
 
-def _cells(source, destination, across, trend, world) -> _Cells:  # type: ignore[no-untyped-def]
+def _cells(source, destination, across, trend, matters, world) -> _Cells:  # type: ignore[no-untyped-def]
     pair, inverse = np.unique(source * world + destination, return_inverse=True)
     inverse = inverse.reshape(-1)
     count = len(pair)
-    hot, near = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
+    hot, dear, near = (np.zeros(count, dtype=bool) for _ in range(3))
     np.logical_or.at(hot, inverse, trend.slow)
+    np.logical_or.at(dear, inverse, matters)
     np.logical_or.at(near, inverse, trend.near)
     decide = np.full(count, np.inf)
     np.minimum.at(decide, inverse, trend.decide_s)
@@ -105,11 +110,11 @@ def _cells(source, destination, across, trend, world) -> _Cells:  # type: ignore
     row[inverse[order]] = order
     where = np.zeros(count, dtype=bool)
     where[inverse] = across
-    return _Cells(pair // world, pair % world, where, hot, near & ~hot, decide, row, ratio[row])
+    return _Cells(pair // world, pair % world, where, hot, dear, near & ~hot, decide, row, ratio[row])
 
 
 def _explain(cells, trend, places, now_s, interval):  # type: ignore[no-untyped-def]
-    """The fewest rows and columns that hold all hot cells: yields (kind, cells, settled).
+    """The fewest rows and columns that hold all hot cells: yields (kind, cells, settled) of those that matter.
 
     Lines are tried from large to small: a node's, then a rank's; a line of a single cell says no more than the cell.
     """
@@ -135,11 +140,12 @@ def _explain(cells, trend, places, now_s, interval):  # type: ignore[no-untyped-
         began = max(float(trend.streak[row] * BLOCK_OPS * interval[row]) for row in cells.row[hot])
         young = ~cells.hot[members] & ((cells.decide_s[members] > began) | cells.near[members])
         if cells.warm(members).all() or (len(members) >= 8 and len(hot) >= 0.85 * len(members)):
-            yield kind, members, not undecided[members].any()
+            if cells.matters[members].any():
+                yield kind, members, not undecided[members].any()
             left[members] = False
         elif len(hot) + int(young.sum()) == len(members):
             undecided[members] = True  # whatever lies in it may turn out to be a part of it
-    for cell in np.flatnonzero(left):
+    for cell in np.flatnonzero(left & cells.matters):
         yield FaultKind.LINK_SLOW, np.array([cell]), not undecided[cell] and not _young(cells, trend, interval, cell)
 
 

@@ -29,6 +29,8 @@ class Trend:
     like: NDArray[np.float64]
     """What is usual among its like now; nan without others."""
     slow: NDArray[np.bool_]
+    lasting: NDArray[np.bool_]
+    """Slow for so long that even a trifle is no chance."""
     near: NDArray[np.bool_]
     """Not slow, but the newest blocks look like it: it may become slow in a moment."""
     streak: NDArray[np.int64]
@@ -65,6 +67,7 @@ def trend_of(
     floor: NDArray[np.float64],
     step_s: float,
     settings: DiagnosisSettings,
+    trifles: bool = False,
 ) -> Trend:
     """Judges N series.
 
@@ -76,6 +79,7 @@ def trend_of(
         kind: [N]: who has no like is compared, in its rise, with those of its kind.
         floor: [N]: an excess below this slows nobody.
         step_s: duration of a step; nan when unknown.
+        trifles: whether to tell which slowness is ``lasting``.
     """
     count, width = values.shape
     basis, members = basis_of_like(values, label)
@@ -92,12 +96,13 @@ def trend_of(
     level = masked_median(basis[:, :head], is_recent).astype(np.float64)
     agreement, others = median_of_others(np.abs(present - 1.0), label)  # of all, the sieved ones included
 
-    usual, slow, near = np.ones(count), np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
+    usual = np.ones(count)
+    slow, lasting, near = (np.zeros(count, dtype=bool) for _ in range(3))
     streak = np.zeros(count, dtype=np.int64)
     rows = np.arange(count) if count <= SIEVE_FROM else _candidates(relative, valid, present, recent)
     # Soon what stands far out of the noise; with twice the blocks what stands out of it less.
-    for times, deviations in ((1, settings.deviations), (2, settings.deviations * 0.6)):
-        if not len(rows):
+    for times, deviations in ((1, settings.deviations), (2, settings.deviations * 0.6), (4, settings.deviations * 0.6)):
+        if not len(rows) or (times == 4 and not trifles):
             break
         blocks = np.minimum(times * recent[rows], width // 2)
         judged = _judge(
@@ -113,9 +118,19 @@ def trend_of(
             judged.streak[chosen],
         )
         slow[where] = judged.slow[chosen]
+        if times == 4:
+            lasting[rows] = judged.slow
         near[rows] = (near[rows] | judged.near) & ~slow[rows]
     return Trend(
-        present * level, usual * level, np.where(members > 1, level, np.nan), slow, near, streak, decide_s, recent
+        present * level,
+        usual * level,
+        np.where(members > 1, level, np.nan),
+        slow,
+        lasting,
+        near,
+        streak,
+        decide_s,
+        recent,
     )
 
 

@@ -87,6 +87,7 @@ class _Run:
         self.sending = memoryview(b"")
         self.rest = memoryview(b"")  # of the message, after ``sending``
         self.unsent = job.plan.sends
+        self.held = False  # the next message of the queue has been counted as begun
         # receiving
         self.awaited = job.plan.receives
         self.announced = False
@@ -107,6 +108,8 @@ class _Run:
         wanted: tuple[int, int] | None = None
         while self.awaited or not self.announced or self.unsent or self.sending or self.rest:
             flowing = self.transport.apply_controls()
+            if not flowing:
+                self._hold_next()
             moved = self._receive() if self.awaited or not self.announced else False
             if flowing and (self.sending or self.rest or self.queue):
                 moved = self._send() or moved
@@ -135,6 +138,13 @@ class _Run:
 
     # ---- sending
 
+    def _hold_next(self) -> None:
+        """On a stalled link the next message counts as begun, as it does where the network has stalled and the socket takes its
+        first bytes: that the receiver lacks it is how the diagnosis knows the link."""
+        if not self.held and not self.rest and self.queue:
+            self.out_edge.begun()
+            self.held = True
+
     def _send(self) -> bool:
         moved = False
         while True:
@@ -146,7 +156,9 @@ class _Run:
                     piece = self.job.plan.rows[index]
                     self.sending = memoryview(FRAME.pack(PIECE, index, hop, piece.length))
                     self.rest = self.job.data[piece.offset : piece.offset + piece.length]
-                    self.out_edge.begun()
+                    if not self.held:
+                        self.out_edge.begun()
+                    self.held = False
                     self.unsent -= 1
                 else:
                     return moved

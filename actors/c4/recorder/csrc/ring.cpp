@@ -135,6 +135,7 @@ struct Ring {
   // sending
   std::vector<Order> queue;
   size_t queue_at;
+  bool held;  // the next of the queue has been counted as begun
   uint8_t head[sizeof(Frame) + 24];
   size_t head_at, head_end;
   const uint8_t* body;
@@ -202,6 +203,14 @@ bool flows(Ring& r) {
 }
 
 bool something_to_send(const Ring& r) { return r.head_at < r.head_end || r.body_left || r.queue_at < r.queue.size(); }
+// On a stalled link the next message counts as begun, as it does where the network has stalled and the socket takes its first
+// bytes: that the receiver lacks it is how the diagnosis knows the link.
+void hold_next(Ring& r) {
+  if (r.held || r.body_left || r.queue_at == r.queue.size()) return;
+  put(r.job.out_edge->messages, r.job.out_edge->messages + 1);
+  r.held = true;
+}
+
 bool something_to_come(const Ring& r) { return r.out->awaited || !r.out->announced; }
 
 // 0: nothing moves now, 1: moved, -1: error set
@@ -218,7 +227,8 @@ int send_some(Ring& r, Status& status) {
       r.head_end = sizeof frame;
       r.body = r.job.data + piece.offset;
       r.body_left = piece.length;
-      put(r.job.out_edge->messages, r.job.out_edge->messages + 1);
+      if (!r.held) put(r.job.out_edge->messages, r.job.out_edge->messages + 1);
+      r.held = false;
       --r.out->unsent;
     }
     iovec parts[2] = {{r.head + r.head_at, r.head_end - r.head_at}, {const_cast<uint8_t*>(r.body), size_t(r.body_left)}};
@@ -389,6 +399,7 @@ Status turn(Ring& r) {
   Status status = kDone;
   while (something_to_come(r) || something_to_send(r) || r.out->unsent) {
     bool flowing = flows(r);
+    if (!flowing) hold_next(r);
     int came = something_to_come(r) ? receive_some(r, status) : 0;
     if (came < 0) return status;
     int went = flowing && something_to_send(r) ? send_some(r, status) : 0;
@@ -437,7 +448,7 @@ void c4_ring_begin(Ring* ring, const Job* job, Outcome* out) {
   r.head_end = sizeof frame + 24;
   r.body = nullptr;
   r.body_left = 0;
-  r.in_body = false;
+  r.in_body = r.held = false;
   r.frame_have = 0;
   r.body_have = r.slice_have = 0;
   r.first_ns = r.adding_ns = 0;

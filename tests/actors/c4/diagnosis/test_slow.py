@@ -27,14 +27,26 @@ def test_the_rank_that_others_wait_for_is_named_within_a_few_blocks(factor):
     assert 0 < verdict.detection_s < 6 * 4 * 0.05 * factor
 
 
-@pytest.mark.parametrize("factor", [1.5, 3.0])
-def test_a_slow_connection_is_a_hot_cell(factor):
+@pytest.mark.parametrize(("factor", "blocks"), [(1.5, 16), (3.0, 8)])
+def test_a_slow_connection_is_a_hot_cell(factor, blocks):
     course = Course()
     assert course.run(20) == []
-    (verdict,) = course.run(8, transfer=lambda block, pair: factor if pair == (1, 2) else 1.0)
+    (verdict,) = course.run(blocks, transfer=lambda block, pair: factor if pair == (1, 2) else 1.0)
     assert (verdict.kind, verdict.culprit.link) == (FaultKind.LINK_SLOW, (1, 2))
     assert verdict.fault_class is FaultClass.COMMUNICATION_SLOW
     assert verdict.culprit.nodes == ("node1", "node2")
+
+
+def test_a_connection_that_costs_a_few_percent_of_the_step_is_named_only_when_it_lasts():
+    course = Course()
+    course.run(20)
+    trifle = {
+        "transfer": lambda block, pair: 1.5 if pair == (1, 2) else 1.0
+    }  # 1 ms of the 38 ms between two operations
+    assert course.run(5, **trifle) == []
+    assert course.run(40) == []
+    (verdict,) = course.run(24, **trifle)
+    assert verdict.culprit.link == (1, 2)
 
 
 def test_both_faults_at_once_are_both_named():

@@ -204,6 +204,29 @@ def test_a_link_is_slowed_stalled_and_freed_while_it_runs(kind: str) -> None:
         assert ranks[1].transport.outgoing.getsockopt(socket.SOL_SOCKET, 47) == 50_000_000
 
 
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_stalled_link_has_begun_a_message_that_its_receiver_lacks(kind: str) -> None:
+    """Also when it was stalled before the operation's first message: sums go through the ranks in order, so that behind the
+    first of them nobody has anything to send."""
+    with Ring(4, kind) as ranks:
+        assert together(ranks, lambda rank: rank.run(torch.ones(100))) == [None] * 4
+        ranks[0].controls.stall(12)
+        gaps: list[list[int]] = []
+
+        def look_and_free() -> None:
+            out, into = zip(*(rank.edges() for rank in ranks), strict=True)
+            gaps.append([int(out[at]["messages"]) - int(into[(at + 1) % 4]["messages"]) for at in range(4)])
+            ranks[0].controls.free(12)
+
+        timer = threading.Timer(0.3, look_and_free)
+        timer.start()
+        assert together(ranks, lambda rank: rank.run(torch.ones(9000), 2)) == [None] * 4
+        timer.join()
+        assert gaps == [[1, 0, 0, 0]]
+        assert all(rank.edges()[0]["messages"] == ranks[(at + 1) % 4].edges()[1]["messages"]
+                   for at, rank in enumerate(ranks))  # fmt: skip
+
+
 def test_a_connection_leaves_from_the_port_that_was_asked_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
