@@ -22,7 +22,7 @@ from typing import Any
 
 from actors.c4.diagnosis.verdict import Verdict
 from actors.c4.injection.faults import ENVIRONMENT as INJECTION_VARIABLE
-from actors.c4.master import start_master, stop_master
+from actors.c4.monitors.master import start_master, stop_master
 from actors.c4.ray_prestart import HOOK_VARIABLE
 from actors.c4.ray_train import C4TrainerBase, set_driver_environment, verify
 from actors.c4.ray_train_worker import C4TorchConfig, C4WorkerCallback, finish_checkpoints

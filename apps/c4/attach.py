@@ -32,6 +32,6 @@ def running_job(config: RayConfig, run: str | None) -> Iterator[tuple[str, Any]]
                     "No training runs under C4 here: there is no Ray cluster on this host (ray.address=host:port names another)."
                 ) from error
             raise
-        from actors.c4.master import find_master
+        from actors.c4.monitors.master import find_master
 
         yield find_master(run)

@@ -137,8 +137,8 @@ class _Job:
         """Begin to train; ``wait_for_step`` tells when it does."""
         from ray.train import RunConfig, ScalingConfig
 
+        from actors.c4.monitors.settings import MonitorSettings
         from actors.c4.recovery.settings import C4Settings
-        from actors.c4.settings import MonitorSettings
         from actors.c4.trainer import C4Trainer
         from apps.c4.step_log import StepLog
         from apps.c4.workload import train_digits

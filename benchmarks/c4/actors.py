@@ -9,8 +9,8 @@ from typing import Any
 from actors.c4.diagnosis.verdict import FaultClass
 from actors.c4.generation import Generation, Worker
 from actors.c4.injection.faults import Fault, FaultName
-from actors.c4.master import start_master, stop_master
-from actors.c4.settings import MonitorSettings
+from actors.c4.monitors.master import start_master, stop_master
+from actors.c4.monitors.settings import MonitorSettings
 from actors.cluster.session import RayConfig, ray_session
 from benchmarks.c4.training import Job, WorkerSet, training
 

@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from actors.c4.agent_core import AgentCore
 from actors.c4.diagnosis.settings import DiagnosisSettings
 from actors.c4.diagnosis.verdict import Verdict
 from actors.c4.generation import Generation
-from actors.c4.judge import DiagnosisJudge
-from actors.c4.master_core import MasterCore, Policy
+from actors.c4.monitors.agent_core import AgentCore
+from actors.c4.monitors.judge import DiagnosisJudge
+from actors.c4.monitors.master_core import MasterCore, Policy
+from actors.c4.monitors.settings import MonitorSettings
+from actors.c4.monitors.wire import UnknownGroups, Unpacker
 from actors.c4.ports import NumberedVerdict
 from actors.c4.recovery.policy import Action, Decision, Situation
-from actors.c4.settings import MonitorSettings
-from actors.c4.wire import UnknownGroups, Unpacker
 
 
 def watch_only(verdict: Verdict, situation: Situation) -> Decision:

@@ -17,7 +17,7 @@ from actors.c4 import processes
 from actors.c4.diagnosis.verdict import FaultKind
 from actors.c4.generation import Generation, Worker
 from actors.c4.injection.faults import Fault, FaultName
-from actors.c4.settings import MonitorSettings
+from actors.c4.monitors.settings import MonitorSettings
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -67,7 +67,7 @@ class Job:
 
 @pytest.fixture
 def master(ray_local, tmp_path: Path) -> Iterator[Any]:
-    from actors.c4.master import start_master, stop_master
+    from actors.c4.monitors.master import start_master, stop_master
 
     handle = start_master(
         "story",
@@ -98,7 +98,7 @@ def until(what: Callable[[], Any], seconds: float = 60.0) -> Any:
 def test_the_story_of_a_run(master: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import ray
 
-    from actors.c4.master import MonitorError, find_master, start_master
+    from actors.c4.monitors.master import MonitorError, find_master, start_master
 
     def ask(method: str, *arguments: Any) -> Any:
         return ray.get(getattr(master, method).remote(*arguments), timeout=10)
@@ -178,7 +178,7 @@ def test_a_fault_is_refused_where_injection_is_not_enabled(ray_local, tmp_path: 
     import ray
 
     from actors.c4.injection.faults import InjectionError
-    from actors.c4.master import start_master, stop_master
+    from actors.c4.monitors.master import start_master, stop_master
 
     master = start_master("plain", folder=tmp_path, ring_folder=tmp_path)
     try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from actors.c4.monitors.settings import MonitorSettings
 from actors.c4.recovery.policy import Prices
-from actors.c4.settings import MonitorSettings
 
 
 @dataclass(frozen=True)

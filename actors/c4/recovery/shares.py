@@ -79,7 +79,7 @@ class ShareReader:
     def _watch(self, run: str) -> None:
         import ray
 
-        from actors.c4.master import find_master
+        from actors.c4.monitors.master import find_master
 
         entries: list[Any] = []
         stop = threading.Event()

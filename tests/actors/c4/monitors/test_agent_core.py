@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from actors.c4 import processes
-from actors.c4.agent_core import AgentCore
 from actors.c4.generation import Worker
+from actors.c4.monitors.agent_core import AgentCore
+from actors.c4.monitors.settings import MonitorSettings
+from actors.c4.monitors.wire import Unpacker
 from actors.c4.ports import Fence, Orders, Report, Stack
 from actors.c4.recorder.layout import Communicator
 from actors.c4.recorder.ring import RingWriter, new_ring
-from actors.c4.settings import MonitorSettings
-from actors.c4.wire import Unpacker
 
 SETTINGS = MonitorSettings(report_s=3600.0, idle_report_s=3600.0, suspicious_s=600.0)
 """Nothing is due by the clock: what is reported has a reason."""

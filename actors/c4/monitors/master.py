@@ -16,10 +16,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.c4.master_actor import NAMESPACE, C4Master, MasterSetup
-from actors.c4.master_core import Policy
+from actors.c4.monitors.master_actor import NAMESPACE, C4Master, MasterSetup
+from actors.c4.monitors.master_core import Policy
+from actors.c4.monitors.settings import MonitorSettings
 from actors.c4.recovery.policy import decide
-from actors.c4.settings import MonitorSettings
 from actors.cluster.errors import ClusterError
 
 NAME_PREFIX = "c4-master-"

@@ -17,7 +17,7 @@ from actors.c4.diagnosis.observation import (
     RankRows,
 )
 from actors.c4.generation import Generation, Worker
-from actors.c4.wire import DTYPES
+from actors.c4.monitors.wire import DTYPES
 
 DP = Group("0", "dp", (0, 1, 2, 3))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from actors.c4.lines import LineAddress, Lines, hold_line
+from actors.c4.monitors.lines import LineAddress, Lines, hold_line
 
 
 async def until(condition) -> None:

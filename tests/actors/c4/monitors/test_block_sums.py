@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from actors.c4.block_sums import BlockSums
+from actors.c4.monitors.block_sums import BlockSums
 from actors.c4.recorder.records import EDGE_RECORD, OP_RECORD, OpFlag
 
 MS = 1_000_000

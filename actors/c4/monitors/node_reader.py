@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from actors.c4 import processes
-from actors.c4.block_sums import BlockSums
 from actors.c4.diagnosis.observation import (
     BlockRows,
     Group,
@@ -31,11 +30,12 @@ from actors.c4.diagnosis.observation import (
 )
 from actors.c4.diagnosis.period import step_period
 from actors.c4.generation import Worker
+from actors.c4.monitors.block_sums import BlockSums
+from actors.c4.monitors.wire import DTYPES
 from actors.c4.recorder.errors import RingFormatError
 from actors.c4.recorder.layout import Communicator, ring_path
 from actors.c4.recorder.reader import RingReader, RingSnapshot
 from actors.c4.recorder.records import OP_RECORD, OpFlag
-from actors.c4.wire import DTYPES
 
 logger = logging.getLogger("sextant.c4.agent")
 

@@ -22,18 +22,18 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.c4 import metrics
-from actors.c4.agent import C4Agent
 from actors.c4.generation import Generation
 from actors.c4.injection.faults import Fault, InjectionError
-from actors.c4.judge import DiagnosisJudge
-from actors.c4.lines import Lines
-from actors.c4.master_core import MasterCore, Policy
+from actors.c4.monitors import metrics
+from actors.c4.monitors.agent import C4Agent
+from actors.c4.monitors.judge import DiagnosisJudge
+from actors.c4.monitors.lines import Lines
+from actors.c4.monitors.master_core import MasterCore, Policy
+from actors.c4.monitors.self_start import SelfStart
+from actors.c4.monitors.settings import MonitorSettings
+from actors.c4.monitors.wire import UnknownGroups, Unpacker
 from actors.c4.ports import MasterStatus, NumberedVerdict, Orders, Report
 from actors.c4.recovery.policy import decide
-from actors.c4.self_start import SelfStart
-from actors.c4.settings import MonitorSettings
-from actors.c4.wire import UnknownGroups, Unpacker
 
 logger = logging.getLogger("sextant.c4.master")
 

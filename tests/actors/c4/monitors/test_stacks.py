@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from actors.c4 import stacks
+from actors.c4.monitors import stacks
 
 CODE = """
 import time

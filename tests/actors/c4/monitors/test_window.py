@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from actors.c4.diagnosis.observation import Group
-from actors.c4.window import Window
-from tests.actors.c4.rows import DP, observation
+from actors.c4.monitors.window import Window
+from tests.actors.c4.monitors.rows import DP, observation
 
 
 def report(blocks: range, groups: tuple[Group, ...] = (DP,), index: int = 0):

@@ -17,16 +17,16 @@ from typing import Any
 from ray.exceptions import RayActorError
 
 from actors.c4 import processes
-from actors.c4.agent_core import AgentCore
 from actors.c4.generation import Worker
 from actors.c4.injection.faults import KINDS, Fault, FaultName, InjectionError
 from actors.c4.injection.inject import Injected, Target, inject, with_peer
-from actors.c4.lines import LineAddress, hold_line
+from actors.c4.monitors.agent_core import AgentCore
+from actors.c4.monitors.lines import LineAddress, hold_line
+from actors.c4.monitors.self_start import SelfStart
+from actors.c4.monitors.settings import MonitorSettings
+from actors.c4.monitors.stacks import take
 from actors.c4.ports import Stack
 from actors.c4.recorder.layout import ring_path
-from actors.c4.self_start import SelfStart
-from actors.c4.settings import MonitorSettings
-from actors.c4.stacks import take
 
 logger = logging.getLogger("sextant.c4.agent")
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from actors.c4.diagnosis.observation import Group, Observation
-from actors.c4.wire import TABLES, Packer, UnknownGroups, Unpacker
-from tests.actors.c4.rows import DP, observation
+from actors.c4.monitors.wire import TABLES, Packer, UnknownGroups, Unpacker
+from tests.actors.c4.monitors.rows import DP, observation
 
 FULL = observation(
     "n0",

@@ -15,13 +15,13 @@ import numpy as np
 
 from actors.c4 import processes
 from actors.c4.diagnosis.observation import Observation, ProcessState
-from actors.c4.node_reader import NodeReader
+from actors.c4.monitors.node_reader import NodeReader
+from actors.c4.monitors.settings import MonitorSettings
+from actors.c4.monitors.wire import Packer
 from actors.c4.ports import Fence, Orders, Report, Stack
 from actors.c4.recorder.errors import RingFormatError
 from actors.c4.recorder.files import SIDE_FILES, clean_stale, side_file
 from actors.c4.recorder.reader import RingReader, discover
-from actors.c4.settings import MonitorSettings
-from actors.c4.wire import Packer
 
 logger = logging.getLogger("sextant.c4.agent")
 

@@ -10,7 +10,7 @@ from actors.c4.diagnosis.memory import DiagnosisMemory
 from actors.c4.diagnosis.observation import Observation
 from actors.c4.diagnosis.settings import DiagnosisSettings
 from actors.c4.diagnosis.verdict import Verdict
-from actors.c4.master_core import Key
+from actors.c4.monitors.master_core import Key
 
 
 class DiagnosisJudge:

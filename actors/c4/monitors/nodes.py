@@ -10,9 +10,9 @@ import numpy as np
 
 from actors.c4.diagnosis.observation import Observation, ProcessState, RankRows
 from actors.c4.generation import Generation
+from actors.c4.monitors.settings import MonitorSettings
+from actors.c4.monitors.window import Window
 from actors.c4.ports import NodeStatus, Report
-from actors.c4.settings import MonitorSettings
-from actors.c4.window import Window
 
 RATE_S = 5.0
 """Bytes per second are counted over so long."""

@@ -16,7 +16,7 @@ import pytest
 from actors.c4 import processes
 from actors.c4.diagnosis.observation import ProcessState
 from actors.c4.generation import Worker
-from actors.c4.node_reader import NodeReader
+from actors.c4.monitors.node_reader import NodeReader
 from actors.c4.recorder.layout import Communicator
 from actors.c4.recorder.records import ElementType, OpFlag, OpType
 from actors.c4.recorder.ring import RingWriter, new_ring

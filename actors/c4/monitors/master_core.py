@@ -16,14 +16,14 @@ import numpy as np
 
 from actors.c4.diagnosis.observation import Observation, merge
 from actors.c4.diagnosis.verdict import FaultClass, Verdict
-from actors.c4.fences import Fences
 from actors.c4.generation import Generation, Worker
-from actors.c4.master_state import generation_from, generation_to, verdict_from, verdict_to
-from actors.c4.master_view import delay_matrices, median_operation_s, rank_rows, waits
-from actors.c4.nodes import Nodes
+from actors.c4.monitors.fences import Fences
+from actors.c4.monitors.master_state import generation_from, generation_to, verdict_from, verdict_to
+from actors.c4.monitors.master_view import delay_matrices, median_operation_s, rank_rows, waits
+from actors.c4.monitors.nodes import Nodes
+from actors.c4.monitors.settings import MonitorSettings
 from actors.c4.ports import CLEARED, MasterStatus, NumberedVerdict, Orders, Report
 from actors.c4.recovery.policy import Action, Decision, Situation, decide
-from actors.c4.settings import MonitorSettings
 
 Policy = Callable[[Verdict, Situation], Decision]
 Key = tuple[Any, ...]

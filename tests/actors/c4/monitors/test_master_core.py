@@ -11,11 +11,11 @@ import pytest
 
 from actors.c4.diagnosis.verdict import Culprit, FaultKind, Verdict
 from actors.c4.generation import Generation
-from actors.c4.master_core import MasterCore, key_of
+from actors.c4.monitors.master_core import MasterCore, key_of
+from actors.c4.monitors.settings import MonitorSettings
 from actors.c4.ports import CLEARED, Fence, Report, Stack
 from actors.c4.recovery.policy import Action, Decision
-from actors.c4.settings import MonitorSettings
-from tests.actors.c4.rows import generation, observation
+from tests.actors.c4.monitors.rows import generation, observation
 
 
 @dataclass
