@@ -141,7 +141,7 @@ class C4WorkerCallback(WorkerCallback):
         context: Any = get_train_context()
         context.__class__ = C4TrainContext
         context.c4_tiers = made
-        context.c4_shares = ShareReader(self.master_run if plan.rank == 0 else "", plan.world_size)
+        context.c4_shares = ShareReader(self.master_run if plan.rank == 0 else "", plan.world_size, plan.generation)
         context._c4_ours = context._c4_in_memory = False
         context._c4_states_put_back = False
         context.storage_context.__class__ = C4StorageContext

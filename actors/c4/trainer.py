@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -41,13 +43,16 @@ class JobPolicy:
     prices: Prices
     min_workers: int
     max_workers: int
+    ends_at: float = math.inf
+    """Wall time at which the run is expected to end without faults (``C4Settings.expected_run_s``)."""
 
     def __call__(self, verdict: Verdict, situation: Situation) -> Decision:
         min_nodes = situation.min_nodes
         if self.min_workers < self.max_workers and situation.nodes:
             per_node = max(1, round((situation.world_size or self.max_workers) / situation.nodes))
             min_nodes = -(-self.min_workers // per_node)
-        return decide(verdict, replace(situation, min_nodes=min_nodes), self.prices)
+        remaining_s = max(0.0, self.ends_at - time.time())
+        return decide(verdict, replace(situation, min_nodes=min_nodes, remaining_s=remaining_s), self.prices)
 
 
 class C4Trainer(C4TrainerBase):
@@ -131,7 +136,9 @@ class C4Trainer(C4TrainerBase):
             self.c4.monitors,
             folder=Path(self.c4.folder or made or "."),
             ring_folder=self._ring_folder(),
-            policy=JobPolicy(self.c4.prices, scaling.min_workers, scaling.max_workers),
+            policy=JobPolicy(
+                self.c4.prices, scaling.min_workers, scaling.max_workers, time.time() + self.c4.expected_run_s
+            ),
             control_folder=self._control_folder,
         )
         try:

@@ -131,6 +131,11 @@ class C4Master:
         logger.info("c4 run=%s generation=%d: the loop of rank %d raised: %s", self._setup.run, number, rank, message)
         self._core.worker_raised(number, time.monotonic())
 
+    async def loop_reads_shares(self, number: int) -> None:
+        """The loop asks for its share of the batch: the policy may rebalance."""
+        self._core.loop_reads_shares(number)
+        self._write_down()
+
     async def request_fence(self, number: int, reason: str) -> None:
         """Have all workers of the generations up to this number killed."""
         logger.info("c4 run=%s generation=%d is fenced off: %s", self._setup.run, number, reason)

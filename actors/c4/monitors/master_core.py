@@ -63,6 +63,7 @@ class MasterCore:
     evictions: int = 0
     began_s: float = 0.0
     quiet_until_s: float = -math.inf
+    _reads_shares: bool = False
     _fences: Fences = field(default_factory=Fences)
     _stacks_wanted: dict[str, set[int]] = field(default_factory=dict)
     _memory: Any = None
@@ -94,6 +95,7 @@ class MasterCore:
         self.generation, self.state, self.began_s = generation, "watching", now_s
         self._memory, self._active, self.quiet_until_s = None, {}, -math.inf
         self._judged_s = math.nan
+        self._reads_shares = False
         self._stacks_wanted = {}
         self._pace.clear()
         self.nodes.forget_observations()
@@ -298,7 +300,14 @@ class MasterCore:
             evictions=self.evictions,
             healthy_step_s=float(np.median(healthy[-30:])) if healthy else 0.0,
             world_size=self.generation.world_size if self.generation is not None else 0,
+            can_rebalance=self._reads_shares,
         )
+
+    def loop_reads_shares(self, number: int) -> None:
+        """The loop of this generation has asked for its share of the batch: rebalancing would take effect."""
+        if self.generation is not None and self.generation.number == number:
+            self._reads_shares = True
+            self.version += 1
 
     def release(self, node_id: str) -> bool:
         """Let a node take part again; False when it was not quarantined."""
@@ -346,6 +355,7 @@ class MasterCore:
             "state": self.state,
             "quarantine": self.quarantine,
             "evictions": self.evictions,
+            "reads_shares": self._reads_shares,
             "verdicts": [verdict_to(one) for one in self.verdicts[-100:]],
             "fences": self._fences.snapshot(),
         }
@@ -359,6 +369,7 @@ class MasterCore:
         self.generation = generation_from(data["generation"]) if data["generation"] is not None else None
         self.state, self.quarantine = str(data["state"]), dict(data["quarantine"])
         self.evictions = int(data["evictions"])
+        self._reads_shares = bool(data.get("reads_shares", False))
         self.verdicts = [verdict_from(one) for one in data["verdicts"]]
         self._fences.restore(data["fences"])
         self.began_s = now_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from actors.c4.monitors.settings import MonitorSettings
@@ -51,6 +52,8 @@ class C4Settings:
     """How long to wait for enough nodes before the run ends with a sentence."""
     verdict_wait_s: float = 1.0
     """How long a restart after a death waits for the master to name what died, before it chooses nodes."""
+    expected_run_s: float = math.inf
+    """How long the whole run should take without faults: near its end a restart no longer pays, and a slow part is lived with."""
     folder: str | None = None
     """Where the master keeps its state; null: below the temporary folder of the driver's node."""
     ring_folder: str | None = None
@@ -59,3 +62,5 @@ class C4Settings:
     def __post_init__(self) -> None:
         if self.max_restarts < -1 or self.max_restarts_without_progress < 1:
             raise ValueError("max_restarts must be at least -1 and max_restarts_without_progress at least 1.")
+        if not self.expected_run_s > 0:
+            raise ValueError(f"expected_run_s must be positive, not {self.expected_run_s}.")

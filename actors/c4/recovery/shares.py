@@ -65,10 +65,11 @@ def slow_ranks(entries: Sequence[Any]) -> dict[int, float]:
 
 
 class ShareReader:
-    """On rank 0: asks the master in the background for slow ranks. ``run`` empty: never asks."""
+    """On rank 0: asks the master in the background for slow ranks, and tells it once that the loop reads its share (without
+    that the policy never rebalances). ``run`` empty: never asks."""
 
-    def __init__(self, run: str, world_size: int):
-        self._world_size = world_size
+    def __init__(self, run: str, world_size: int, generation: int = 0):
+        self._world_size, self._generation = world_size, generation
         self._newest: tuple[float, ...] | None = None
         if run:
             threading.Thread(target=self._watch, args=(run,), daemon=True, name="c4-shares").start()
@@ -82,10 +83,14 @@ class ShareReader:
         from actors.c4.monitors.master import find_master
 
         entries: list[Any] = []
+        told = False
         stop = threading.Event()
         while not stop.wait(_POLL_S):
             try:
                 _, master = find_master(run)
+                if SHARES.asked and not told:
+                    ray.get(master.loop_reads_shares.remote(self._generation), timeout=5)
+                    told = True
                 fresh = ray.get(master.verdicts.remote(entries[-1].number if entries else 0), timeout=5)
             except Exception as error:  # the master is away: the shares stay as they are
                 logger.debug("The master does not say who is slow: %s", error)

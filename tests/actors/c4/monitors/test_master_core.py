@@ -184,6 +184,29 @@ def test_a_fault_that_is_not_seen_just_now_is_not_evicted_for(
     assert core.judge(25.0, 0.0) == ()
 
 
+def test_the_policy_knows_whether_this_generations_loop_reads_its_share_of_the_batch(
+    core: MasterCore, judge: ScriptedJudge, policy: ScriptedPolicy
+) -> None:
+    policy.action = Action.IGNORE
+
+    def can_rebalance(core: MasterCore, now_s: float, number: int = 1) -> bool:
+        both(core, now_s, number)
+        judge.now = [verdict(FaultKind.WORK_SLOW)]
+        core.judge(now_s, 0.0)
+        return bool(policy.asked.pop().can_rebalance)
+
+    assert not can_rebalance(core, 10.0)
+    core.loop_reads_shares(2)  # of a generation that is not this one
+    assert not can_rebalance(core, 11.0)
+    core.loop_reads_shares(1)
+    assert can_rebalance(core, 12.0)
+    heir = MasterCore("run", MonitorSettings(), judge, policy)
+    heir.restore(core.snapshot(), 12.5)
+    assert can_rebalance(heir, 13.0)
+    core.begin_generation(generation(2, first_pid=200), 14.0)
+    assert not can_rebalance(core, 15.0, number=2)
+
+
 def test_the_end_of_a_fault_is_told(core: MasterCore, judge: ScriptedJudge, policy: ScriptedPolicy) -> None:
     policy.action = Action.REBALANCE
     slow = verdict(FaultKind.WORK_SLOW)
