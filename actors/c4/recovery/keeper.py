@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from actors.c4.recovery.memory import REPORTS, STATES, PartFolder, memory_root, remove_run
+from actors.c4.recovery.memory import REPORTS, STATES, PartFolder, clean_stale, memory_root, own, remove_run
 from actors.c4.recovery.parts import Choice, PartError, PartId, unpack, write_files
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,12 @@ class Keeper:
     def __init__(self, run: str, root: str | None, node_id: str, keep: int = 2):
         self.run, self.root, self.node_id, self.keep = run, memory_root(root), node_id, keep
         self.folders = {channel: PartFolder(self.root, run, node_id, channel) for channel in (REPORTS, STATES)}
+        try:
+            for left in clean_stale(self.root):
+                logger.info("Removed what a run left in memory whose keeper is gone: %s", left)
+            own(self.root, run, node_id)
+        except OSError as error:  # it will be said again, and better, when a part is to be stored
+            logger.warning("The memory tier in %s cannot be prepared: %s", self.root, error)
 
     def put(self, channel: str, part_id: PartId, data: Any) -> bool:
         """Stores a peer's part (bytes-like, checked); false when there is no room: the peer goes on without a copy."""

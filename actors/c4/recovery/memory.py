@@ -8,11 +8,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from actors.c4 import processes
+from actors.c4.diagnosis.observation import ProcessState
 from actors.c4.recovery.parts import Part, PartError, PartId, Version, pack, superseded, unpack
 
+_OWNER = "owner"
 REPORTS = "report"
 """Channel of checkpoints that the loop reported."""
 STATES = "state"
@@ -110,6 +114,39 @@ def remove_run(root: Path, run: str, node_id: str) -> None:
     """Deletes everything that a run keeps on this node."""
     shutil.rmtree(root / f"sextant-c4-{run}" / node_id, ignore_errors=True)
     remove_if_empty(root / f"sextant-c4-{run}")
+
+
+def own(root: Path, run: str, node_id: str) -> None:
+    """Notes this process as the one for which a run's folder on this node stands (see ``clean_stale``)."""
+    folder = root / f"sextant-c4-{run}" / node_id
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = processes.look(os.getpid())
+    (folder / _OWNER).write_text(f"{os.getpid()} {facts.started_ticks if facts else 0}")
+
+
+def clean_stale(root: Path, keep_s: float = 3600.0) -> list[Path]:
+    """Removes what runs left whose keeper was killed and not started again: nothing else frees shared memory.
+
+    Args:
+        root: of the memory tier.
+        keep_s: folders in which something was written within this time stay, whoever lives.
+
+    Returns:
+        The folders that were removed.
+    """
+    removed = []
+    for owner in root.glob(f"sextant-c4-*/*/{_OWNER}"):
+        try:
+            pid, ticks = map(int, owner.read_text().split())
+            newest = max(path.lstat().st_mtime for path in (owner, *owner.parent.rglob("*")))
+            mine = owner.stat().st_uid == os.getuid()
+        except (OSError, ValueError):
+            continue  # it goes just now, or is not ours
+        if mine and processes.state_of(pid, ticks) is ProcessState.GONE and time.time() - newest > keep_s:
+            shutil.rmtree(owner.parent, ignore_errors=True)
+            remove_if_empty(owner.parent.parent)
+            removed.append(owner.parent)
+    return removed
 
 
 def _write_all(file: object, piece: bytes | memoryview) -> int:
