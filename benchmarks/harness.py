@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -155,6 +156,8 @@ class Benchmark:
         self.quick: bool = self.arguments.quick
         self.out: Path = self.arguments.out
         self._command = [f"python -m benchmarks.{name}", *(sys.argv[1:] if arguments is None else arguments)]
+        if arguments is None:  # ended by a signal, a benchmark takes its clusters and processes with it
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -146,3 +146,20 @@ sys.exit(bench.finish())
     assert done.returncode == 0, done.stderr
     assert "goal" in done.stdout
     assert json.loads((tmp_path / "bare.json").read_text())["figures"] == {"x": 3}
+
+
+def test_ended_by_a_signal_it_still_cleans_up(tmp_path: Path) -> None:
+    program = """
+import os, signal, sys, time
+from benchmarks.harness import Benchmark
+Benchmark("ended", "Ended.", [])
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+finally:
+    print("cleaned up")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--out", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (143, "cleaned up\n"), done.stderr
