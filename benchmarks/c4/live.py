@@ -137,9 +137,11 @@ def healthy(
                 time.sleep(min(30.0, minutes * 60 - passed))
                 workers.wait_for_step(1)  # all are alive
                 alarms = _alarms(monitor)
-                say(
-                    f"healthy for {(time.monotonic() - began) / 60:.1f} minutes: steps {workers.steps()}, {len(alarms)} alarms"
+                named = "".join(
+                    f"; {one.verdict.kind} {one.verdict.culprit}: {one.verdict.evidence[0]}" for one in alarms
                 )
+                passed_minutes = (time.monotonic() - began) / 60
+                say(f"healthy for {passed_minutes:.1f} minutes: steps {workers.steps()}, {len(alarms)} alarms{named}")
             return _alarms(monitor), (time.monotonic() - began) / 60, workers.steps(), monitor
     finally:
         monitor.close()

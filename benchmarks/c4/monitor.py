@@ -37,7 +37,7 @@ class LocalMonitor:
         on_verdict: Callable[[NumberedVerdict], None] | None = None,
     ):
         self.settings = settings or MonitorSettings()
-        self.core = MasterCore(run, self.settings, DiagnosisJudge(diagnosis), policy)
+        self.core = MasterCore(run, self.settings, DiagnosisJudge(diagnosis or self.settings.diagnosis), policy)
         self.bytes = 0
         self.judge_cpu_s = 0.0
         self.agent_cpu_s = 0.0

@@ -81,7 +81,7 @@ class C4Master:
     def __init__(self, setup: MasterSetup):
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
         self._setup = setup
-        self._core = MasterCore(setup.run, setup.settings, DiagnosisJudge(), setup.policy)
+        self._core = MasterCore(setup.run, setup.settings, DiagnosisJudge(setup.settings.diagnosis), setup.policy)
         self._state = Path(setup.state_file)
         self._written = 0
         self._restored = self._restore()

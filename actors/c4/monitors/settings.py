@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from actors.c4.diagnosis.settings import DiagnosisSettings
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class MonitorSettings:
     injection: bool = False
     """Accept orders to inject faults."""
     verdicts_kept: int = 1000
+    diagnosis: DiagnosisSettings = field(default_factory=DiagnosisSettings)
+    """What the diagnosis demands before it names a fault."""
 
     def __post_init__(self) -> None:
         for name in ("poll_s", "report_s", "diagnose_s", "idle_report_s", "suspicious_s"):
