@@ -64,8 +64,36 @@ def diagnose(
                 settings,
             )
             ready, waiting = ready + now_ready, waiting + later
+    ready, waiting = ([_patient(one, observation, memory, settings) for one in some] for some in (ready, waiting))
     named, memory = _name(ready, waiting, memory, now, settings)
     return tuple(one.verdict(now, memory.standing[one.key].onset_s, places) for one in named), memory
+
+
+_BUSY_HOSTS_DOING = frozenset({
+    FaultKind.HEARTBEAT_LOST, FaultKind.NEVER_ENTERED, FaultKind.WORK_SLOW,
+    FaultKind.LINK_SLOW, FaultKind.SENDER_SLOW, FaultKind.RECEIVER_SLOW,
+})  # fmt: skip
+"""What a process looks like that waits for a processor."""
+
+
+def _patient(
+    one: Suspicion, observation: Observation, memory: DiagnosisMemory, settings: DiagnosisSettings
+) -> Suspicion:
+    """The suspicion, to be held for longer when the culprit's processes wait for processors."""
+    if one.kind not in _BUSY_HOSTS_DOING:
+        return one
+    rows = observation.ranks
+    delays = rows.wake_delay_s[np.isin(rows.rank, one.link or one.ranks)]
+    longest = float(np.nan_to_num(delays, nan=0.0).max(initial=0.0))
+    if longest <= settings.busy_wake_s:
+        return one
+    said = f"The host is busy: its processes wait {longest * 1e3:.0f} ms for a processor whenever they have to run."
+    hold_s = settings.busy_hold_s
+    if one.kind.fault_class.value.endswith("slow") and memory.blocks is not None:
+        # The history must still remember the healthy past, or what lasts becomes the usual.
+        block_s = np.nan_to_num(block_seconds(memory.blocks), nan=np.inf)
+        hold_s = min(hold_s, settings.history_blocks / 4 * float(np.median(block_s)))
+    return replace(one, evidence=(*one.evidence, said), hold_s=max(one.hold_s, hold_s), busy=True)
 
 
 def _name(
@@ -84,8 +112,11 @@ def _name(
         for key, one in standing.items()
     )  # type: ignore[index]
     named: list[Suspicion] = []
-    for one, hold in [(one, one.hold_s) for one in ready] + [(one, patience) for one in waiting]:
+    unbroken = max(1.0, 2 * memory.step_s if np.isfinite(memory.step_s) else 0.0)
+    for one, hold in [(one, one.hold_s) for one in ready] + [(one, max(patience, one.hold_s)) for one in waiting]:
         old = standing.get(one.key)
+        if old is not None and one.busy and not old.named and now - old.last_s > unbroken:
+            old = None
         # A look that missed it in between does not matter, a long pause does: it is another occurrence then.
         since, onset = (old.since_s, old.onset_s) if old else (now, one.onset_s)
         known = old is not None and old.named

@@ -62,10 +62,13 @@ class RankRows:
     """CPU seconds per second of the process since the previous report; nan when unknown."""
     step_s: NDArray[np.float32] = None  # type: ignore[assignment]  # filled with nan where it is not given
     """Typical duration of a training step as the rank's records show it (``period.step_period``); nan when unknown."""
+    wake_delay_s: NDArray[np.float32] = None  # type: ignore[assignment]  # likewise
+    """How long the heartbeat thread lately waited for a processor each time it had to run: the host's load; nan when unknown."""
 
     def __post_init__(self) -> None:
-        if self.step_s is None:
-            object.__setattr__(self, "step_s", np.full(len(self.rank), np.nan, np.float32))
+        for name in ("step_s", "wake_delay_s"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.full(len(self.rank), np.nan, np.float32))
 
 
 @dataclass(frozen=True)

@@ -64,5 +64,11 @@ class DiagnosisSettings:
     """Mates must wait at least this part of a slow rank's excess, else it holds nobody up."""
     defer_s: float = 2.0
     """At least so long a verdict waits for neighbours (same node, same row or column) that are on the edge of joining it."""
+    busy_wake_s: float = 0.003
+    """A rank whose heartbeat thread waits so long for a processor whenever it has to run is on a busy host: there a process is
+    held up for a second or two without being at fault ..."""
+    busy_hold_s: float = 10.0
+    """... so what its operations, work, connections or heartbeat show must be seen for this long without a break; a slowness for
+    no longer than a quarter of the history."""
     forget_s: float = 30.0
     """A fault that was not seen for this long may be announced again."""

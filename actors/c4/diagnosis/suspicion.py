@@ -24,6 +24,8 @@ class Suspicion:
     slowdown: float = 1.0
     hold_s: float = 0.0
     """How long it must be seen before it is named."""
+    busy: bool = False
+    """The culprit's host is busy: it must be seen without a break."""
     cells: tuple[tuple[int, int], ...] = ()
     """Of a slow sender or receiver: its connections, which need no verdicts of their own."""
 

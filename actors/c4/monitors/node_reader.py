@@ -35,6 +35,7 @@ from actors.c4.monitors.wire import DTYPES
 from actors.c4.recorder.errors import RingFormatError
 from actors.c4.recorder.layout import Communicator, ring_path
 from actors.c4.recorder.reader import RingReader, RingSnapshot
+from actors.c4.recorder.recorder import HEARTBEAT_THREAD
 from actors.c4.recorder.records import OP_RECORD, OpFlag
 
 logger = logging.getLogger("sextant.c4.agent")
@@ -131,9 +132,11 @@ class WorkerReader:
         self.rank, self.pid, self.path = rank, pid, path
         facts = processes.look(pid)
         self.started_ticks = facts.started_ticks if facts is not None else -1
+        self._heart = processes.ThreadDelay(pid, HEARTBEAT_THREAD)
         self.state = ProcessState.UNKNOWN
         self.snapshot: RingSnapshot | None = None
         self.cpu_share = math.nan
+        self.wake_delay_s = math.nan
         self.step_s = math.nan
         self.entered: dict[int, int] = {}
         """By communicator: newest sequence number."""
@@ -226,6 +229,7 @@ class WorkerReader:
             self.state, self.cpu_share = ProcessState.GONE, math.nan
             return
         self.state = facts.state
+        self.wake_delay_s = self._heart.look(now) if self.ring is not None else math.nan
         if self._cpu is None or now - self._cpu[0] >= 0.5:  # ticks of 10 ms: shorter spans tell little
             if self._cpu is not None:
                 self.cpu_share = (facts.cpu_s - self._cpu[1]) / (now - self._cpu[0])
@@ -262,7 +266,8 @@ class _Tables:
     def add(self, worker: WorkerReader, index_of: Any) -> None:
         """All rows of one worker."""
         state = ProcessState.UNKNOWN if worker.ended_by_itself else worker.state
-        self._ranks.append((worker.rank, 0, state, worker.heartbeat_age_s, 0.0, worker.cpu_share, worker.step_s))
+        age_s, times = worker.heartbeat_age_s, (worker.cpu_share, worker.step_s, worker.wake_delay_s)
+        self._ranks.append((worker.rank, 0, state, age_s, 0.0, *times))
         snapshot = worker.snapshot
         if snapshot is None:
             return

@@ -7,6 +7,7 @@ nobody reads them, unless the configuration says ``required``.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import logging
 import os
@@ -25,6 +26,9 @@ from actors.c4.recorder.links import LinkControls
 from actors.c4.recorder.ring import RingWriter, new_ring
 
 logger = logging.getLogger("sextant.c4.recorder")
+
+HEARTBEAT_THREAD = "c4-heartbeat"
+"""Name of the thread, in /proc too: from its waits for a processor the agent knows a busy host."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._watched: list[tuple[weakref.ref[Any], Callable[[Any], bool]]] = []
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="c4-heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name=HEARTBEAT_THREAD, daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
@@ -104,6 +108,8 @@ class Recorder:
             self._stack_file = None
 
     def _beat(self) -> None:
+        with contextlib.suppress(OSError):  # not Linux: nobody asks for it there
+            Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(HEARTBEAT_THREAD)
         while not self._stopped.wait(self.config.heartbeat_s):
             self.ring.beat()
             if self._watched:

@@ -50,6 +50,7 @@ def ranks(world: int, per_node: int = 1, **changes: Mapping[int, float]) -> Rank
         "report_age_s": np.full(world, 0.1, np.float32),
         "cpu_share": np.full(world, np.nan, np.float32),
         "step_s": np.full(world, STEP_S, np.float32),
+        "wake_delay_s": np.full(world, 0.0004, np.float32),
     }
     for name, values in changes.items():
         for rank, value in values.items():
@@ -147,6 +148,8 @@ class Course:
         self.rng = np.random.default_rng(seed)
         self.memory = DiagnosisMemory()
         self.now, self.block = 50.0, 0
+        self.wake_delay_s: dict[int, float] = {}
+        """Of ranks on a busy host."""
 
     def run(
         self,
@@ -165,7 +168,8 @@ class Course:
             self.now += 4 * float(own.max() + operation)
             seen = observation(
                 self.groups, progress((0, rank, At(4 * self.block + 4)) for rank in self.members), at_s=self.now,
-                processes=ranks(len(self.members), self.per_node), blocks=block_rows(0, self.members, self.block, own, wait),
+                processes=ranks(len(self.members), self.per_node, wake_delay_s=self.wake_delay_s),
+                blocks=block_rows(0, self.members, self.block, own, wait),
                 link_blocks=link_block_rows(0, self.pairs, self.block, seconds, 4 << 20),
             )  # fmt: skip
             said, self.memory = diagnose(seen, self.memory, self.settings)

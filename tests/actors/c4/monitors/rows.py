@@ -41,7 +41,7 @@ def observation(
     at_s: float = 10.0,
 ) -> Observation:
     """Of one node; every rank sleeps with a fresh heartbeat."""
-    rows = [(rank, 0, state, 0.02, 0.0, 0.5, 0.1) for rank in ranks]
+    rows = [(rank, 0, state, 0.02, 0.0, 0.5, 0.1, 0.0004) for rank in ranks]
     tables = {
         "ranks": table(RankRows, rows),
         "progress": table(ProgressRows, list(progress)),
