@@ -58,6 +58,7 @@ def records(bench: Benchmark) -> None:
         plain = _per_call(lambda count: _stamp_operations(ring, group, count), batches)
         ringed = _per_call(lambda count: _stamp_ring_operations(ring, group, count), batches)
     bench.figure("record_us", plain * 1e6)
+    bench.figure("record_ring_us", ringed * 1e6)
     bench.row(part="a record", what="operation on gloo or NCCL: entered and begun, ended", microseconds=plain * 1e6)
     bench.row(
         part="a record", what="ring operation: also begun by itself, and both connections", microseconds=ringed * 1e6
@@ -79,8 +80,7 @@ def _stamp_operations(ring: RingWriter, group: int, count: int) -> None:
 def _stamp_ring_operations(ring: RingWriter, group: int, count: int) -> None:
     for sequence in range(count):
         op_id = ring.enter(group, sequence, OpType.ALL_REDUCE, ElementType.FLOAT32, 4096, -1, OpFlag.RING)
-        ring.open_edge(op_id, sequence, group, 0, 1)
-        ring.open_edge(op_id, sequence, group, 1, 0)
+        ring.open_edges(op_id, sequence, group, 1, 0, 1)
         ring.start(op_id)
         ring.end(op_id)
 

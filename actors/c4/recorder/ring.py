@@ -16,6 +16,7 @@ import socket
 import struct
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic_ns
 from typing import Any, Protocol
@@ -41,7 +42,7 @@ logger = logging.getLogger("sextant.c4.recorder")
 
 # Native byte order and sizes: such words are written whole, not byte by byte.
 _OP_TAIL = struct.Struct("@qqqqqiiBBHI")
-_EDGE_TAIL = struct.Struct("@qqqqqqiiii")
+_EDGE_PAIR = struct.Struct("@qqqqqqqiiiiqqqqqqqiiii")
 _OP_WORDS = OP_RECORD.itemsize // 8
 _EDGE_WORDS = EDGE_RECORD.itemsize // 8
 _HEARTBEAT, _NEWEST, _CLOSED, _TABLE_USED = (HEADER.fields[name][1] // 8  # type: ignore[index]
@@ -62,6 +63,14 @@ class End(Protocol):
     """See ``RingWriter.end``."""
 
     def __call__(self, op_id: int, flags: int = 0) -> None: ...
+
+
+class OpenEdges(Protocol):
+    """See ``RingWriter.open_edges``."""
+
+    def __call__(
+        self, op_id: int, sequence: int, communicator: int, predecessor: int, rank: int, successor: int
+    ) -> tuple[EdgeSlot, EdgeSlot]: ...
 
 
 class RingWriter:
@@ -118,8 +127,6 @@ class RingWriter:
         self._edges = words[self.sizes.edges // 8 : self.sizes.total // 8]
         self._edge_ints = memoryview(self.map).cast("i")[self.sizes.edges // 4 : self.sizes.total // 4]
         self._op_mask = op_capacity - 1
-        self._edge_mask = edge_capacity - 1
-        self._edge_ids = itertools.count(0)
         self._table_lock = threading.Lock()
         self._communicators: dict[str, int] = {}
         self._table_full = False
@@ -160,6 +167,45 @@ class RingWriter:
                     ops[slot + 7] |= flags << 16
                 ops[slot + 5] = clock()
 
+        def start(op_id: int) -> None:
+            slot = (op_id & mask) << 3
+            if ops[slot] == op_id and not ops[slot + 4]:
+                ops[slot + 4] = clock()
+
+        edges, ints, first_edge = self._edges, self._edge_ints, self.sizes.edges
+        next_pair, pair_mask, pack_pair = (
+            itertools.count(0).__next__,
+            self.sizes.edge_capacity // 2 - 1,
+            _EDGE_PAIR.pack_into,
+        )
+        pair_words = 2 * _EDGE_WORDS
+        made: list[tuple[EdgeSlot, EdgeSlot] | None] = [None] * (pair_mask + 1)  # a slot's place never changes
+
+        def open_edges(
+            op_id: int, sequence: int, communicator: int, predecessor: int, rank: int, successor: int
+        ) -> tuple[EdgeSlot, EdgeSlot]:
+            number = next_pair() & pair_mask
+            slot = number * pair_words
+            other = slot + _EDGE_WORDS
+            now = clock()
+            edges[slot] = edges[other] = 0
+            pack_pair(
+                edges, slot << 3,
+                0, sequence, 0, 0, 0, 0, now, communicator, rank, successor, 0,
+                0, sequence, 0, 0, 0, 0, now, communicator, predecessor, rank, 0,
+            )  # fmt: skip
+            edges[slot] = edges[other] = op_id
+            pair = made[number]
+            if pair is None:
+                ends = [EdgeSlot(edges, ints, at, first_edge + (at << 3)) for at in (slot, other)]
+                pair = made[number] = ends[0], ends[1]
+            return pair
+
+        self.start: Callable[[int], None] = start
+        """Its transfer began: ``start(op_id)``."""
+        self.open_edges: OpenEdges = open_edges
+        """``open_edges(op_id, sequence, communicator, predecessor, rank, successor)``: slots of this rank's ends of both its
+        connections in one operation, (outgoing, incoming)."""
         self.enter: Enter = enter
         """An operation was called: ``enter(communicator, sequence, op_type, element_type, payload, peer=-1, flags=0,
         started=False)`` returns its id. ``communicator``: index from ``add_communicator``; ``sequence``: running number in it,
@@ -168,31 +214,12 @@ class RingWriter:
         self.end: End = end
         """``end(op_id, flags=0)``: it ended, with further bits of ``OpFlag``; nothing when it has ended or was overwritten."""
 
-    def start(self, op_id: int) -> None:
-        """Its transfer began."""
-        slot = (op_id & self._op_mask) * _OP_WORDS
-        if self._ops[slot] == op_id and not self._ops[slot + 4]:
-            self._ops[slot + 4] = monotonic_ns()
-
     def stamp(self, op_id: int, start_ns: int, end_ns: int) -> None:
         """Start and end as measured elsewhere (CUDA events), CLOCK_MONOTONIC."""
         slot = (op_id & self._op_mask) * _OP_WORDS
         if self._ops[slot] == op_id:
             self._ops[slot + 4] = start_ns
             self._ops[slot + 5] = end_ns
-
-    # ---- edges
-
-    def open_edge(self, op_id: int, sequence: int, communicator: int, source: int, destination: int) -> EdgeSlot:
-        """A slot for one end of one connection in one operation."""
-        slot = (next(self._edge_ids) & self._edge_mask) * _EDGE_WORDS
-        edges = self._edges
-        edges[slot] = 0
-        _EDGE_TAIL.pack_into(
-            edges, slot * 8 + 8, sequence, 0, 0, 0, 0, monotonic_ns(), communicator, source, destination, 0
-        )
-        edges[slot] = op_id
-        return EdgeSlot(edges, self._edge_ints, slot, self.sizes.edges + slot * 8)
 
     # ---- header and table
 

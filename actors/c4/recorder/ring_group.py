@@ -197,11 +197,13 @@ class RingGroup:
             self._engine = PythonEngine(transport)
             self._native = native_engine(transport, self.recorder.ring.address) if self.options.native else None
         ring = self.recorder.ring
-        outgoing = ring.open_edge(
-            op_id, announcement.sequence, communicator, self.ranks[self.rank], transport.successor
-        )
-        incoming = ring.open_edge(
-            op_id, announcement.sequence, communicator, transport.predecessor, self.ranks[self.rank]
+        outgoing, incoming = ring.open_edges(
+            op_id,
+            announcement.sequence,
+            communicator,
+            transport.predecessor,
+            self.ranks[self.rank],
+            transport.successor,
         )
         plan = make_plan(
             OpType(announcement.op_type), buffer.numel() * buffer.element_size(), buffer.element_size(), self.rank, self.size,

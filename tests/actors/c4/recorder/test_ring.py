@@ -36,7 +36,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     group = ring.add_communicator(Communicator("0", "dp", (0, 1, 2, 3)))
     op = ring.enter(group, 5, OpType.ALL_REDUCE, ElementType.BFLOAT16, 4096, 2, OpFlag.RING | OpFlag.ASYNC)
     ring.start(op)
-    outgoing, incoming = ring.open_edge(op, 5, group, 1, 2), ring.open_edge(op, 5, group, 0, 1)
+    outgoing, incoming = ring.open_edges(op, 5, group, 0, 1, 2)
     outgoing.begun()
     outgoing.moved(100, 11)
     incoming.late(7)
@@ -92,12 +92,12 @@ def test_an_overrun_ring_holds_the_newest_and_says_how_many_were_missed(tmp_path
     ring = make(tmp_path, op_capacity=16, edge_capacity=8)
     for sequence in range(1, 41):
         op = ring.enter(0, sequence, OpType.BARRIER, 0, 0)
-        ring.open_edge(op, sequence, 0, 0, 1)
+        ring.open_edges(op, sequence, 0, 0, 1, 2)
         ring.end(op)
     with RingReader(path_of(ring)) as reader:
         seen = reader.read()
         assert list(seen.operations["op_id"]) == list(range(25, 41))
-        assert list(seen.edges["op_id"]) == list(range(33, 41))
+        assert list(seen.edges["op_id"]) == [op for op in range(37, 41) for _ in range(2)]
         assert (seen.newest_op, seen.missed) == (40, 24)
         later = reader.read(after=30)
         assert list(later.operations["op_id"]) == list(range(31, 41))
@@ -111,14 +111,14 @@ def test_an_overrun_ring_holds_the_newest_and_says_how_many_were_missed(tmp_path
 def test_an_open_operation_is_read_however_old(tmp_path: Path) -> None:
     ring = make(tmp_path)
     hung = ring.enter(0, 1, OpType.ALL_GATHER, ElementType.FLOAT32, 8)
-    ring.open_edge(hung, 1, 0, 0, 1)
+    ring.open_edges(hung, 1, 0, 0, 1, 2)
     done = [ring.enter(1, sequence, OpType.BARRIER, 0, 0) for sequence in range(1, 6)]
     for op in done:
         ring.end(op)
     with RingReader(path_of(ring)) as reader:
         seen = reader.read(after=done[-1])
         assert list(seen.operations["op_id"]) == [hung]
-        assert list(seen.edges["op_id"]) == [hung]
+        assert list(seen.edges["op_id"]) == [hung, hung]
 
 
 def test_no_torn_record_is_read_while_threads_write(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_no_torn_record_is_read_while_threads_write(tmp_path: Path) -> None:
         while not stop.is_set():
             sequence += 2
             op = ring.enter(sequence % 1000, sequence, sequence % 13, sequence % 12, sequence * 3, sequence % 77)
-            ring.open_edge(op, sequence, sequence % 1000, sequence % 50, sequence % 60)
+            ring.open_edges(op, sequence, sequence % 1000, sequence % 50, sequence % 60, sequence % 50)
             ring.end(op)
 
     writers = [threading.Thread(target=write, args=(number,)) for number in (0, 1)]
@@ -151,8 +151,8 @@ def test_no_torn_record_is_read_while_threads_write(tmp_path: Path) -> None:
                 assert (snapshot.operations["peer"] == sequence % 77).all()
                 assert len(np.unique(snapshot.operations["op_id"])) == len(sequence)
                 edge = snapshot.edges["sequence"]
-                assert (snapshot.edges["source"] == edge % 50).all()
-                assert (snapshot.edges["destination"] == edge % 60).all()
+                ends = np.sort([snapshot.edges["source"], snapshot.edges["destination"]], axis=0)
+                assert (ends == np.sort([edge % 50, edge % 60], axis=0)).all()
     finally:
         stop.set()
         for writer in writers:

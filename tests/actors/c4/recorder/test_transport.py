@@ -64,8 +64,9 @@ class Rank:
         )
         call = Announcement(sequence, payload, -1, op, element_type([tensor]), 2 if average else 1, form)
         op_id = self.ring.enter(0, sequence, op, call.element_type, payload)
-        outgoing = self.ring.open_edge(op_id, sequence, 0, ranks[me], self.transport.successor)
-        incoming = self.ring.open_edge(op_id, sequence, 0, self.transport.predecessor, ranks[me])
+        outgoing, incoming = self.ring.open_edges(
+            op_id, sequence, 0, self.transport.predecessor, ranks[me], self.transport.successor
+        )
         self.engine.run(make_job(call, plan, tensor, average, size), outgoing, incoming, timeout_s)
 
     def has_begun(self) -> bool:
