@@ -40,8 +40,8 @@ def plans(quick: bool, seed: int, processes: int, faults_10000: int | None = Non
     return {
         "sim_accuracy_1024": Plan(1024, 120 if quick else 1000, seed=seed, processes=processes,
                                   trials_per_job=30 if quick else 50),
-        "sim_accuracy_10000": Plan(10_000, faults_10000 or (8 if quick else 1000), seed=seed + 1, processes=processes, side_by_side=2,
-                                   trials_per_job=4 if quick else 50),
+        "sim_accuracy_10000": Plan(10_000, faults_10000 or (8 if quick else 1000), seed=seed + 1, processes=processes,
+                                   side_by_side=2, trials_per_job=4 if quick else 50),
         "sim_two_faults_accuracy": Plan(1024, 40 if quick else 400, pairs=True, seed=seed + 2, processes=processes,
                                         trials_per_job=20 if quick else 50),
     }  # fmt: skip

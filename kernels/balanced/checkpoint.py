@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from kernels.balanced.format import BalancedWeight
+from kernels.balanced.format import BalancedWeight, layout_of
 from kernels.balanced.spec import BalancedFormatError, BalancedSpec, Layout
 
 KEY = "sextant_balanced"
@@ -98,7 +98,7 @@ def load(
             weight.validate()
         except (TypeError, BalancedFormatError) as error:
             raise BalancedFormatError(f"{path}: {name} is broken: {error}") from error
-        wanted: Layout = layout or ("lanes" if torch.device(device).type == "cpu" else "rows")
+        wanted: Layout = layout or layout_of(device)
         loaded[name] = weight.to_layout(wanted).to(device)
     return {**loaded, **{key: tensor.to(device) for key, tensor in flat.items()}}
 

@@ -1,4 +1,4 @@
-"""Which kernel computes a balanced product, by a measured table: from which batch on the dense one is faster.
+"""Which kernel computes a balanced product on the CPU, by a measured table: from which batch on the dense one is faster.
 
 ``python -m kernels.balanced`` measures this machine and leaves the table in the user's cache folder, keyed by the CPU and the
 number of threads; until then defaults apply that were measured on a server CPU. A table only moves speed, never a number.
@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 
+from kernels.balanced import gpu
 from kernels.balanced.format import BalancedWeight
 from kernels.balanced.spec import BalancedFormatError, BalancedSpec, ValueType
 
@@ -181,6 +182,7 @@ def reset() -> None:
     global _generation
     _generation += 1
     _table.cache_clear()
+    gpu.table.reset()
 
 
 _generation = 0
@@ -192,26 +194,30 @@ class Plan:
 
     dense_from: int
     generation: int
-    on_cpu: bool
+    on_gpu: bool
+    """The GPU's own table decides (``kernels.balanced.gpu.table``)."""
 
 
 def plan(weight: BalancedWeight, x_dtype: torch.dtype) -> Plan:
     """The decision, remembered per weight: looking it up takes a fraction of a microsecond."""
     found = weight.derived.get(x_dtype)
     if found is None or found.generation != _generation:
-        found = Plan(_dense_from(weight, x_dtype), _generation, weight.device.type == "cpu")
+        found = Plan(_dense_from(weight, x_dtype), _generation, gpu.takes(weight.device, x_dtype))
         weight.derived[x_dtype] = found
     return found
 
 
 def choose(weight: BalancedWeight, batch: int, x_dtype: torch.dtype) -> Arm:
-    """The faster kernel for so many rows of x."""
+    """The faster kernel for so many rows of x (of a GPU's several sparse ones: see ``kernels.balanced.gpu.table``)."""
+    if plan(weight, x_dtype).on_gpu:
+        arm = gpu.table.choose(weight.spec, weight.device, x_dtype, batch, captured=False)
+        return "dense" if arm == "dense" else "sparse"
     return "dense" if batch >= plan(weight, x_dtype).dense_from else "sparse"
 
 
 def _dense_from(weight: BalancedWeight, x_dtype: torch.dtype) -> int:
     from kernels.balanced.linear import sparse_available
 
-    if not sparse_available(weight.device, x_dtype):
+    if weight.device.type != "cpu" or not sparse_available(weight.device, x_dtype):
         return 1
     return table().lookup(regime_of(weight.spec.with_smallest_index("lanes"), x_dtype))

@@ -1,7 +1,8 @@
 """``BalancedWeight``: a weight with k entries in every block of B columns, packed; and pack, unpack, mask. Bit-exact.
 
-Two layouts hold the same weight. ``rows`` is the canonical one, on disk and between devices: values [groups, blocks, k, vector],
-index uint8 [groups, bytes]. ``lanes`` is what the CPU kernels read: 16 rows side by side, values [rows / 16, tiles, j, 16].
+Three layouts hold the same weight. ``rows`` is the canonical one, on disk: values [groups, blocks, k, vector], index uint8
+[groups, bytes]. ``lanes`` is what the CPU kernels read: 16 rows side by side, values [rows / 16, tiles, j, 16].
+``warps`` is what the GPU kernels read: 32 rows side by side, values [rows / 32, steps, 32, 16 bytes].
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch.nn import functional as F
 
-from kernels.balanced import index_codec, lanes
+from kernels.balanced import index_codec, lanes, warps
 from kernels.balanced.selection import cpp, magnitude_scores, select
 from kernels.balanced.spec import INDEX_KINDS, TORCH_DTYPES, BalancedFormatError, BalancedSpec, Layout, ValueType
 
+_INTERLEAVED = {"lanes": lanes, "warps": warps}
+"""The layouts other than ``rows``: who converts them."""
 _LIVE: WeakValueDictionary[int, BalancedWeight] = WeakValueDictionary()
 """Weights by the address of their values: a torch op is handed tensors, and finds what was derived from them before."""
 
@@ -126,8 +129,8 @@ class BalancedWeight:
         if layout == self.spec.layout:
             return self
         values = self.values.detach()
-        if self.spec.layout == "lanes":
-            values, positions = lanes.to_rows(values, self.index, self.spec)
+        if self.spec.layout != "rows":
+            values, positions = _INTERLEAVED[self.spec.layout].to_rows(values, self.index, self.spec)
         else:
             positions = self.positions()
         return _assemble(self.spec, values, positions, self.scales, layout)
@@ -136,14 +139,14 @@ class BalancedWeight:
         """Kept positions within their block, ascending: uint8 [groups, blocks, k]. BalancedFormatError: a broken index."""
         return (
             self.derive("positions", self._positions, of_values=False)
-            if self.spec.layout == "lanes"
+            if self.spec.layout != "rows"
             else self._positions()
         )
 
     def _positions(self) -> torch.Tensor:
         if self.spec.layout == "rows":
             return index_codec.decode(self.index, self.spec)
-        return lanes.to_rows(self.values.detach(), self.index, self.spec)[1]
+        return _INTERLEAVED[self.spec.layout].to_rows(self.values.detach(), self.index, self.spec)[1]
 
     def validate(self) -> None:
         """Raises BalancedFormatError unless the index keeps exactly k columns of every block; for tensors from elsewhere."""
@@ -162,8 +165,8 @@ class BalancedWeight:
     def unpack_values(self) -> torch.Tensor:
         """[rows, columns] of the value type, int8 without its scales."""
         spec = self.spec
-        if spec.layout == "lanes":
-            if self.device.type == "cpu" and cpp():
+        if spec.layout != "rows":
+            if spec.layout == "lanes" and self.device.type == "cpu" and cpp():
                 return torch.ops.sextant.balanced_unpack_lanes(
                     self.values.detach(),
                     self.index,
@@ -192,7 +195,7 @@ class BalancedWeight:
         """Entries of ``dense`` [rows, columns] at the kept places, in the shape of ``values``: the gradient of packed values."""
         spec = self.spec
         rows = _gather(dense, self.positions(), spec)
-        return rows if spec.layout == "rows" else lanes.values_from_rows(rows, spec)
+        return rows if spec.layout == "rows" else _INTERLEAVED[spec.layout].values_from_rows(rows, spec)
 
 
 def weight_of(spec: BalancedSpec, values: torch.Tensor, index: torch.Tensor, scales: torch.Tensor) -> BalancedWeight:
@@ -230,7 +233,7 @@ def pack(
         scores: what to choose by, [ceil(rows / vector), columns]; |weight| (summed over the rows of a vector) by default.
         mask: the choice itself, bool [rows, columns], as pruning made it; checked to keep exactly k in every block.
         lossless: refuse to drop an entry that is not zero.
-        layout: "lanes" for the CPU kernels, "rows" for others; by default what the weight's device computes with.
+        layout: "lanes" for the CPU kernels, "warps" for the GPU's; by default what the weight's device computes with.
 
     Raises:
         BalancedFormatError: a shape, k, block or mask that does not fit; values that the value type cannot hold.
@@ -252,9 +255,13 @@ def pack(
                 raise BalancedFormatError(f"scores must be [{spec.groups}, {columns}], got {list(scores.shape)}")
             positions = select(scores, k, block)
         stored, scales = _to_value_type(weight, positions, spec, lossless)
-        return _assemble(
-            spec, stored, positions, scales, layout or ("lanes" if weight.device.type == "cpu" else "rows")
-        )
+        return _assemble(spec, stored, positions, scales, layout or layout_of(weight.device))
+
+
+def layout_of(device: torch.device | str) -> Layout:
+    """The layout that the kernels of a device read."""
+    layouts: dict[str, Layout] = {"cpu": "lanes", "cuda": "warps"}
+    return layouts.get(torch.device(device).type, "rows")
 
 
 def _assemble(
@@ -262,8 +269,9 @@ def _assemble(
 ) -> BalancedWeight:
     """A weight in ``layout`` from values [groups, blocks, k, vector] and positions [groups, blocks, k]."""
     spec = spec.with_smallest_index(layout)
-    if layout == "lanes":
-        return BalancedWeight(spec, *lanes.from_rows(values, positions, spec), scales)
+    if layout != "rows":
+        values, index = _INTERLEAVED[layout].from_rows(values, positions, spec)
+        return BalancedWeight(spec, values, index, scales)
     return BalancedWeight(spec, values, index_codec.encode(positions, spec), scales)
 
 

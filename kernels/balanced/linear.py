@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
-from kernels.balanced import dispatch, lanes
+from kernels.balanced import dispatch, gpu, lanes
 from kernels.balanced.format import BalancedWeight, weight_of
 from kernels.balanced.selection import cpp
 from kernels.balanced.spec import INDEX_KINDS, BalancedSpec
@@ -63,7 +63,10 @@ def _forward(x: torch.Tensor, weight: BalancedWeight, bias: torch.Tensor | None)
     batch = x.numel() // weight.spec.columns
     if batch == 0:
         return x.new_zeros((*x.shape[:-1], weight.spec.rows))
-    if batch >= dispatch.plan(weight, x.dtype).dense_from:
+    plan = dispatch.plan(weight, x.dtype)
+    if plan.on_gpu:
+        return gpu.linear(x, weight, bias)
+    if batch >= plan.dense_from:
         return F.linear(x, dense(weight, x.dtype), _like(bias, x))
     return sparse(x, weight, bias)
 
@@ -80,6 +83,8 @@ def dense(weight: BalancedWeight, dtype: torch.dtype) -> torch.Tensor:
 
 def sparse(x: torch.Tensor, weight: BalancedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The product by the sparse kernel whatever the table says; needs ``sparse_available``. Shapes as ``balanced_linear``."""
+    if gpu.takes(x.device, x.dtype):
+        return gpu.linear(x, weight, bias, gpu.arms.sparse_arm(weight.spec, x.numel() // weight.spec.columns))
     if weight.spec.layout != "lanes":
         weight = weight.derive("lanes", lambda: weight.to_layout("lanes"))
     spec = weight.spec
@@ -92,8 +97,8 @@ def sparse(x: torch.Tensor, weight: BalancedWeight, bias: torch.Tensor | None = 
 
 
 def sparse_available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there is a sparse kernel here: C++ on the CPU. What it lacks (float64, no compiler) is computed densely."""
-    return device.type == "cpu" and dtype != torch.float64 and cpp()
+    """Whether there is a sparse kernel here: C++ on the CPU, Triton on CUDA. What they lack (float64) is computed densely."""
+    return gpu.takes(device, dtype) or (device.type == "cpu" and dtype != torch.float64 and cpp())
 
 
 @lru_cache(maxsize=1024)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels.balanced.format import BalancedWeight, pack
+from kernels.balanced.format import BalancedWeight, layout_of, pack
 from kernels.balanced.linear import balanced_linear
 from kernels.balanced.spec import TORCH_DTYPES, BalancedFormatError, BalancedSpec, ValueType
 
@@ -84,6 +84,7 @@ class BalancedLinear(nn.Module):
         self._weight = BalancedWeight(spec, self.values, self.index, self.scales)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> BalancedLinear:
+        was_on = self.values.device.type
         super()._apply(fn, recurse)
         spec = self._weight.spec
         self.scales = self.scales.float()  # whatever the values are converted to
@@ -95,6 +96,10 @@ class BalancedLinear(nn.Module):
                 )
             spec = replace(spec, value_type=names[self.values.dtype])
         self._join(spec)
+        now_on = self.values.device.type
+        # What an optimiser holds keeps its shape; the kernels then convert for themselves.
+        if now_on != was_on and {now_on, was_on} == {"cpu", "cuda"} and not self.trainable:
+            self._take(self._weight.to_layout(layout_of(now_on)))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

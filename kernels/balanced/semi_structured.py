@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.balanced.format import BalancedWeight, pack
+from kernels.balanced.format import BalancedWeight, layout_of, pack
 from kernels.balanced.spec import TORCH_DTYPES, BalancedFormatError, Layout, ValueType
 
 VALUE_TYPES_BY_DTYPE: dict[torch.dtype, ValueType] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -89,7 +89,7 @@ def from_semi_structured(
     spec = type(packed.spec)(rows, 2 * half, 2, 4, "int8", packed.spec.index_kind)
     scales = torch.ones(rows, device=values.device) if scales is None else scales.float().contiguous()
     exact = BalancedWeight(spec, packed.values.to(torch.int8), packed.index, scales)
-    return exact.to_layout(layout or ("lanes" if values.device.type == "cpu" else "rows"))
+    return exact.to_layout(layout or layout_of(values.device))
 
 
 def to_torch(weight: BalancedWeight) -> torch.Tensor:

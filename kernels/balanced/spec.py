@@ -9,7 +9,7 @@ import torch
 
 ValueType = Literal["fp32", "bf16", "fp16", "int8"]
 IndexKind = Literal["bitmap", "4-bit", "8-bit"]
-Layout = Literal["rows", "lanes"]
+Layout = Literal["rows", "lanes", "warps"]
 
 VALUE_TYPES: tuple[ValueType, ...] = get_args(ValueType)
 INDEX_KINDS: tuple[IndexKind, ...] = get_args(IndexKind)
@@ -25,6 +25,8 @@ LANES = 16
 """Rows that the CPU kernels go through together: the fp32 lanes of an AVX-512 register."""
 TILE = 32
 """Most columns of a tile of the ``lanes`` layout that a bitmap or a 4-bit index describes: two AVX-512 registers of x."""
+WARP = 32
+"""Rows that a warp goes through together, in the ``warps`` layout of the GPU kernels."""
 
 
 class BalancedFormatError(ValueError):
@@ -66,6 +68,8 @@ class BalancedSpec:
             raise BalancedFormatError(f"a 4-bit index names one of 16 columns, this one has {width}")
         if self.layout == "lanes" and self.index_kind == "bitmap" and width > TILE:
             raise BalancedFormatError(f"the lanes layout has bitmaps of at most {TILE} columns, not of {width}")
+        if self.layout == "warps" and self.index_kind == "bitmap":
+            raise BalancedFormatError("the warps layout has entries of 4 or 8 bits and no bitmaps")
 
     @property
     def blocks(self) -> int:
@@ -105,15 +109,29 @@ class BalancedSpec:
         return -(-self.rows // LANES)
 
     @property
+    def chunk(self) -> int:
+        """Consecutive entries of a row that lie together in the ``warps`` layout: the values of one 16-byte load."""
+        return 16 // TORCH_DTYPES[self.value_type].itemsize
+
+    @property
+    def steps(self) -> int:
+        """Chunks of a row in the ``warps`` layout, the padded one included."""
+        return -(-self.blocks * self.k // self.chunk)
+
+    @property
     def values_shape(self) -> tuple[int, ...]:
         """Shape of the values tensor of this layout."""
         if self.layout == "rows":
             return self.groups, self.blocks, self.k, self.vector
+        if self.layout == "warps":
+            return -(-self.rows // WARP), self.steps, WARP, self.chunk
         return self.lane_groups, self.tiles, self.merge * self.k, LANES
 
     @property
     def index_shape(self) -> tuple[int, ...]:
         """Shape of the index tensor (uint8, but int32 for bitmaps of the ``lanes`` layout)."""
+        if self.layout == "warps":
+            return -(-self.groups // WARP), self.steps, WARP, self.chunk // (2 if self.index_kind == "4-bit" else 1)
         kept = self.tiles * self.merge * self.k if self.layout == "lanes" else self.blocks * self.k
         if self.layout == "rows":
             length = {"bitmap": -(-self.blocks * self.block // 8), "4-bit": -(-kept // 2), "8-bit": kept}
