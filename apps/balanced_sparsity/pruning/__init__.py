@@ -1,0 +1,1 @@
+"""Pruning in plain torch, without Ray: patterns and masks, the gradual sparsifier, one-shot scores, packing."""
