@@ -326,9 +326,10 @@ class FakeNvml:
     def nvmlDeviceGetMigDeviceHandleByIndex(self, device, index):
         gpu = self._object(device)
         devices = [ci for gi in gpu.instances.values() for ci in gi.compute.values()]
-        if index == 0 or index > len(devices):  # indices have gaps: here the first
+        gap = int(len(devices) < 7)  # indices have gaps: here the first, while there is room for one
+        if not gap <= index < len(devices) + gap:
             raise NVMLError(real.NVML_ERROR_NOT_FOUND)
-        return self._handle(devices[index - 1], c_nvmlDevice_t)
+        return self._handle(devices[index - gap], c_nvmlDevice_t)
 
     def nvmlDeviceGetGpuInstanceId(self, device):
         return self._object(device).gi.id

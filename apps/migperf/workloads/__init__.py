@@ -1,0 +1,1 @@
+"""Workloads built from their published shapes without downloads: ResNets, ViT, BERTs, MiniLM, LSTM, Llama decoding."""
