@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 
+from kernels.balanced import INDEX_KINDS, BalancedWeight
 from kernels.linear import KINDS, PackedLinear
 
-__all__ = ["Decoder", "DecoderSpec", "LayerWeights", "available"]
+__all__ = ["Decoder", "DecoderSpec", "LayerWeights", "Matrix", "available"]
+
+Matrix = PackedLinear | BalancedWeight
+"""A matrix of the stack: dense panels, or a balanced weight in the ``lanes`` layout."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,12 @@ class LayerWeights:
 
     attention_norm: torch.Tensor
     """[hidden]"""
-    qkv: PackedLinear
-    out: PackedLinear
+    qkv: Matrix
+    out: Matrix
     ffn_norm: torch.Tensor
     """[hidden]"""
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: Matrix
+    down: Matrix
     qkv_bias: torch.Tensor | None = None
     q_norm: torch.Tensor | None = None
     """[head_dim]: RMSNorm of each query head before the rotation (Qwen3)."""
@@ -71,7 +75,7 @@ class Decoder:
         embedding: torch.Tensor,
         layers: list[LayerWeights],
         final_norm: torch.Tensor,
-        lm_head: PackedLinear,
+        lm_head: Matrix,
         rope_table: torch.Tensor,
     ):
         if not available():
@@ -83,15 +87,13 @@ class Decoder:
         self.spec = spec
         self.embedding, self.layers, self.final_norm = embedding, layers, final_norm
         self.lm_head, self.rope_table = lm_head, rope_table
-        tensors = [embedding, final_norm.float(), rope_table, lm_head.data, lm_head.scales, lm_head.offsets]
+        tensors = [embedding, final_norm.float(), rope_table, *_parts(lm_head)]
         for layer in layers:
             tensors += [layer.attention_norm.float(), *_parts(layer.qkv), _or_empty(layer.qkv_bias)]
             tensors += [_or_empty(layer.q_norm), _or_empty(layer.k_norm), *_parts(layer.out), layer.ffn_norm.float()]
             tensors += [*_parts(layer.gate_up), *_parts(layer.down)]
-        first = layers[0]
-        kinds = [KINDS.index(p.dtype) for p in (first.qkv, first.out, first.gate_up, first.down, lm_head)]
-        if any([KINDS.index(p.dtype) for p in (x.qkv, x.out, x.gate_up, x.down)] != kinds[:4] for x in layers):
-            raise ValueError("all layers must store their weights in the same dtypes")
+        matrices = [lm_head, *(m for x in layers for m in (x.qkv, x.out, x.gate_up, x.down))]
+        kinds = [number for matrix in matrices for number in _kind(matrix)]
         sizes = [spec.hidden, spec.layers, spec.heads, spec.kv_heads, spec.head_dim, spec.ffn, spec.vocab]
         self._stack: Any = torch.classes.sextant.Decoder(
             [*sizes, int(spec.rope_interleaved)], spec.rms_eps, kinds, [tensor.contiguous() for tensor in tensors]
@@ -123,8 +125,19 @@ class Decoder:
         )
 
 
-def _parts(packed: PackedLinear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return packed.data, packed.scales, packed.offsets
+def _parts(matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if isinstance(matrix, BalancedWeight):
+        return matrix.values, matrix.index, matrix.scales
+    return matrix.data, matrix.scales, matrix.offsets
+
+
+def _kind(matrix: Matrix) -> tuple[int, int, int]:
+    """Its number, and the tile and index kind of a balanced weight. ValueError for one in another layout."""
+    if not isinstance(matrix, BalancedWeight):
+        return KINDS.index(matrix.dtype), 0, 0
+    if matrix.spec.layout != "lanes":
+        raise ValueError(f"a balanced weight of the stack must be in the lanes layout, not {matrix.spec.layout}")
+    return len(KINDS), matrix.spec.tile, INDEX_KINDS.index(matrix.spec.index_kind)
 
 
 def _or_empty(tensor: torch.Tensor | None) -> torch.Tensor:

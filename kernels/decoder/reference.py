@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from kernels import elementwise
-from kernels.decoder import Decoder
-from kernels.linear import linear
+from kernels.balanced import BalancedWeight
+from kernels.balanced.linear import sparse
+from kernels.decoder import Decoder, Matrix
+from kernels.linear import linear as dense_linear
 from kernels.paged_attention import paged_attention, write_kv
 
 
@@ -41,3 +43,10 @@ def forward(
         x_TH = x_TH + linear(elementwise.silu_mul(gate, up), layer.down)
     last = elementwise.rms_norm(x_TH[logits_rows_R], decoder.final_norm, s.rms_eps)
     return linear(last, decoder.lm_head)
+
+
+def linear(x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x`` [rows, in] float32 times the matrix transposed; a balanced one by the sparse kernel in any batch."""
+    if isinstance(matrix, BalancedWeight):
+        return sparse(x, matrix, bias)
+    return dense_linear(x, matrix, bias)

@@ -12,7 +12,8 @@ EMBEDDED_MODEL = "smollm2-135m-instruct"
 class EngineConfig:
     """One engine's settings; a nested part of ``apps.llumnix``'s configuration (pydantic validates it there).
 
-    ``model`` is a path to a GGUF file, a path to a Hugging Face folder, a hub name (``owner/name``), or the embedded default.
+    ``model`` is a path to a GGUF file, to a Hugging Face folder or to a balanced checkpoint (weights/balanced.py), a hub name
+    (``owner/name``), or the embedded default. ``dtype`` is of the dense matrices; balanced ones have their own in their file.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

@@ -19,6 +19,7 @@ from actors.llumnix.engine.model import BLOCK_SIZE, Model, TorchRunner
 from actors.llumnix.engine.model_config import ModelConfig, ModelLoadError
 from actors.llumnix.engine.model_torch import TorchDecoder
 from actors.llumnix.engine.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from actors.llumnix.engine.weights import balanced
 from actors.llumnix.engine.weights.equalise import EqualisedSource
 from actors.llumnix.engine.weights.gguf import GgufFile, GgufSource, read_config
 from actors.llumnix.engine.weights.huggingface import HuggingFaceSource, find_folder
@@ -59,7 +60,7 @@ def embedded_path(check_hash: bool = False) -> Path:
 
 
 def _find(model: str, weights: bool) -> Path:
-    """A GGUF file or a Hugging Face folder on this machine for what the user wrote."""
+    """A GGUF file, a Hugging Face folder or a balanced checkpoint on this machine for what the user wrote."""
     if model == EMBEDDED_MODEL:
         return embedded_path(check_hash=weights)
     path = Path(model).expanduser()
@@ -92,7 +93,7 @@ def open_weights(model: str) -> WeightSource:
     """The opened model file or folder, weights not read yet. ModelLoadError."""
     path = _find(model, weights=True)
     if path.is_dir():
-        return HuggingFaceSource(path)
+        return balanced.BalancedSource(path) if balanced.is_balanced(path) else HuggingFaceSource(path)
     return GgufSource(path, EMBEDDED_SHA256 if model == EMBEDDED_MODEL else None)
 
 
@@ -140,7 +141,8 @@ def _wants_cpp(config: EngineConfig, model_config: ModelConfig) -> bool:
 def build_model(source: WeightSource, config: EngineConfig, device: torch.device) -> Model:
     """Reads the weights into the form that ``config`` and ``device`` ask for. ModelLoadError."""
     c = source.config
-    if config.dtype == "int8":
+    # Equalising moves a norm's outliers into the matrices behind it, which a balanced checkpoint has packed already.
+    if config.dtype == "int8" and not isinstance(source, balanced.BalancedSource):
         source = EqualisedSource(source)
     max_len = min(config.max_model_len, c.max_position_embeddings)
     common = f"{config.dtype}/kv-{config.kv_dtype}/{source.fingerprint[:16]}/{c.architecture}"
@@ -162,4 +164,6 @@ def build_model(source: WeightSource, config: EngineConfig, device: torch.device
 def read_model_config(model: str) -> ModelConfig:
     """The configuration of a model without its weights (for sizing KV memory, for `status`). ModelLoadError."""
     path = _find(model, weights=False)
-    return read_folder_config(path) if path.is_dir() else read_config(GgufFile(path))
+    if not path.is_dir():
+        return read_config(GgufFile(path))
+    return balanced.read_config(path) if balanced.is_balanced(path) else read_folder_config(path)

@@ -1,6 +1,7 @@
 """The ``cpp`` path: the whole decoder in one C++ operation (kernels.decoder), bit-exact across batches, chunks and threads.
 
-Weights are packed layer by layer as they are read, so that at most one layer stands in memory twice.
+Weights are packed layer by layer as they are read, so that at most one layer stands in memory twice. Those of a balanced
+checkpoint are packed already; they keep their value type, and the sparse kernels take them in prefill, too, for the same bits.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import torch
 
 from actors.llumnix.engine.batch import ModelBatch
 from actors.llumnix.engine.model_config import ModelConfig
+from actors.llumnix.engine.weights.balanced import BalancedSource
 from actors.llumnix.engine.weights.source import WeightSource
-from kernels import linear
-from kernels.decoder import Decoder, DecoderSpec, LayerWeights, available
+from kernels import build, linear
+from kernels.decoder import Decoder, DecoderSpec, LayerWeights, Matrix, available
 
 
 def problem_with(config: ModelConfig) -> str | None:
@@ -32,11 +34,16 @@ class CppRunner:
         """Reads and packs the weights. ModelLoadError if one of them cannot be read."""
         c = source.config
         self.numerics = f"cpp-{linear.numerics(dtype)}"
+        if isinstance(source, BalancedSource) and build.load("balanced"):
+            self.numerics += f"-balanced-isa{torch.ops.sextant.balanced_set_isa(-1)}"
 
         def vector(name: str) -> torch.Tensor:
             return source.tensor(name).float()
 
-        def pack(*names: str) -> linear.PackedLinear:
+        def pack(*names: str) -> Matrix:
+            joined = source.joined(names) if isinstance(source, BalancedSource) else None
+            if joined is not None:
+                return joined
             parts = [source.tensor(name) for name in names]
             return linear.pack(parts[0] if len(parts) == 1 else torch.cat(parts), dtype)
 

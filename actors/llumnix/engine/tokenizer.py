@@ -5,6 +5,7 @@ The ingress holds one to encode prompts; every engine holds one for the bytes of
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ class Tokenizer:
         self._byte_level = "ByteLevel" in decoder
         self._sentencepiece = "ByteFallback" in decoder or "Metaspace" in decoder
         self.vocab_size: int = max(fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def save(self, folder: Path) -> None:
+        """Writes it into a model folder, from which ``tokenizer_from_folder`` reads the same one."""
+        self._fast.save(str(folder / "tokenizer.json"))
+        settings: dict[str, str] = dict(self.special_tokens)
+        if self._chat_template is not None:
+            settings["chat_template"] = self._chat_template.source
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        eos = {"eos_token_id": list(self.eos_token_ids)}
+        (folder / "generation_config.json").write_text(json.dumps(eos) + "\n", encoding="utf-8")
 
     @property
     def has_chat_template(self) -> bool:

@@ -1,6 +1,8 @@
 // Torch class over decoder.h: sextant.Decoder holds the weights, and the op sextant::decoder_forward runs one batch.
 #include "decoder/csrc/decoder.h"
 
+#include "balanced/csrc/balanced_lanes.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/custom_class.h>
@@ -9,22 +11,27 @@
 namespace {
 
 using sextant::DecoderLayer;
+using sextant::DecoderMatrix;
 using sextant::PackedLinear;
 
 constexpr size_t kTensorsPerLayer = 17;
+constexpr size_t kMatricesPerLayer = 4;
+constexpr int64_t kBalanced = 3;  // the kind that follows kernels.linear's
 
 class Decoder : public torch::CustomClassHolder {
  public:
-  // integers: hidden, layers, heads, kv_heads, head_dim, ffn, vocab, rope_interleaved; kinds: qkv, out, gate_up, down, lm_head.
-  // tensors: embedding, final_norm, rope_table, lm_head (data, scales, offsets), then for each layer attention_norm, qkv (3),
-  // qkv_bias, q_norm, k_norm, out (3), ffn_norm, gate_up (3), down (3); an absent one is empty.
+  // integers: hidden, layers, heads, kv_heads, head_dim, ffn, vocab, rope_interleaved; kinds: (kind, tile, index) of lm_head
+  // and of each layer's qkv, out, gate_up, down; tile and index belong to balanced ones.
+  // tensors: embedding, final_norm, rope_table, lm_head (data, scales, offsets; balanced: values, index, scales), then for each
+  // layer attention_norm, qkv (3), qkv_bias, q_norm, k_norm, out (3), ffn_norm, gate_up (3), down (3); an absent one is empty.
   Decoder(std::vector<int64_t> integers, double rms_eps, std::vector<int64_t> kinds, std::vector<at::Tensor> tensors)
-      : tensors_(std::move(tensors)) {
-    TORCH_CHECK_VALUE(integers.size() == 8 && kinds.size() == 5, "wrong number of settings");
+      : tensors_(std::move(tensors)), kinds_(std::move(kinds)) {
+    TORCH_CHECK_VALUE(integers.size() == 8, "wrong number of settings");
     auto& s = stack_.shape;
     s = {integers[0], integers[1], integers[2], integers[3], integers[4], integers[5], integers[6],
          static_cast<float>(rms_eps), integers[7] != 0};
     TORCH_CHECK_VALUE(tensors_.size() == 6 + static_cast<size_t>(s.layers) * kTensorsPerLayer, "wrong number of weights");
+    TORCH_CHECK_VALUE(kinds_.size() == 3 * (1 + static_cast<size_t>(s.layers) * kMatricesPerLayer), "wrong number of kinds");
     for (const at::Tensor& tensor : tensors_) TORCH_CHECK_VALUE(tensor.is_contiguous() && tensor.is_cpu(), "weights must be contiguous on the CPU");
     TORCH_CHECK_VALUE(tensors_[0].dim() == 2 && tensors_[0].size(0) == s.vocab && tensors_[0].size(1) == s.hidden, "the embedding must be [vocab, hidden]");
     if (tensors_[0].scalar_type() == at::kFloat) {
@@ -36,20 +43,21 @@ class Decoder : public torch::CustomClassHolder {
     TORCH_CHECK_VALUE(tensors_[2].dim() == 3 && tensors_[2].size(1) == 2 && tensors_[2].size(2) * 2 == s.head_dim, "the rope table must be [positions, 2, head_dim / 2]");
     stack_.rope_table = tensors_[2].data_ptr<float>();
     positions_ = tensors_[2].size(0);
-    stack_.lm_head = packed(3, kinds[4], s.vocab, s.hidden);
+    stack_.lm_head = matrix(3, 0, s.vocab, s.hidden);
     const int64_t q_size = s.heads * s.head_dim, qkv_size = q_size + 2 * s.kv_heads * s.head_dim;
     for (int64_t l = 0; l < s.layers; ++l) {
       const size_t at = 6 + static_cast<size_t>(l) * kTensorsPerLayer;
+      const size_t first = 1 + static_cast<size_t>(l) * kMatricesPerLayer;
       DecoderLayer layer;
       layer.attention_norm = floats(tensors_[at], s.hidden);
-      layer.qkv = packed(at + 1, kinds[0], qkv_size, s.hidden);
+      layer.qkv = matrix(at + 1, first, qkv_size, s.hidden);
       layer.qkv_bias = optional_floats(tensors_[at + 4], qkv_size);
       layer.q_norm = optional_floats(tensors_[at + 5], s.head_dim);
       layer.k_norm = optional_floats(tensors_[at + 6], s.head_dim);
-      layer.out = packed(at + 7, kinds[1], s.hidden, q_size);
+      layer.out = matrix(at + 7, first + 1, s.hidden, q_size);
       layer.ffn_norm = floats(tensors_[at + 10], s.hidden);
-      layer.gate_up = packed(at + 11, kinds[2], 2 * s.ffn, s.hidden);
-      layer.down = packed(at + 14, kinds[3], s.hidden, s.ffn);
+      layer.gate_up = matrix(at + 11, first + 2, 2 * s.ffn, s.hidden);
+      layer.down = matrix(at + 14, first + 3, s.hidden, s.ffn);
       stack_.layers.push_back(layer);
     }
   }
@@ -84,8 +92,21 @@ class Decoder : public torch::CustomClassHolder {
     return tensor.numel() == 0 ? nullptr : floats(tensor, size);
   }
 
+  // The matrix whose three tensors begin at `at`; `which` counts matrices.
+  DecoderMatrix matrix(size_t at, size_t which, int64_t n, int64_t k) const {
+    const int64_t kind = kinds_[3 * which];
+    TORCH_CHECK_VALUE(kind >= 0 && kind <= kBalanced, "unknown kind of weights");
+    DecoderMatrix m;
+    if (kind == kBalanced) {
+      m.is_balanced = true;
+      m.balanced = sextant::lanes_of(tensors_[at], tensors_[at + 1], tensors_[at + 2], n, k, kinds_[3 * which + 1], kinds_[3 * which + 2]);
+    } else {
+      m.dense = packed(at, kind, n, k);
+    }
+    return m;
+  }
+
   PackedLinear packed(size_t at, int64_t kind, int64_t n, int64_t k) const {
-    TORCH_CHECK_VALUE(kind >= 0 && kind <= 2, "unknown kind of weights");
     PackedLinear w;
     w.kind = static_cast<sextant::LinearKind>(kind);
     w.n = n;
@@ -133,6 +154,7 @@ class Decoder : public torch::CustomClassHolder {
   }
 
   std::vector<at::Tensor> tensors_;  // keeps the memory that stack_ points into
+  std::vector<int64_t> kinds_;
   sextant::DecoderStack stack_;
   int64_t positions_ = 0;
 };

@@ -19,6 +19,7 @@
 #include <c10/util/BFloat16.h>
 
 #include "decoder/csrc/attention_work.h"
+#include "decoder/csrc/matrix.h"
 #include "decoder/csrc/team.h"
 #include "elementwise/csrc/elementwise.h"
 #include "linear/csrc/linear.h"
@@ -34,14 +35,14 @@ struct DecoderShape {
 
 struct DecoderLayer {
   const float* attention_norm;
-  PackedLinear qkv;
+  DecoderMatrix qkv;
   const float* qkv_bias;  // may be null
   const float* q_norm;    // per-head RMSNorm of q and k (Qwen3); may be null
   const float* k_norm;
-  PackedLinear out;
+  DecoderMatrix out;
   const float* ffn_norm;
-  PackedLinear gate_up;  // gate's columns, then up's
-  PackedLinear down;
+  DecoderMatrix gate_up;  // gate's columns, then up's
+  DecoderMatrix down;
 };
 
 // One batch; see actors/llumnix/engine/batch.py. Everything was checked by the caller.
@@ -93,7 +94,7 @@ class DecoderStack {
   const float* embedding_f32 = nullptr;  // [vocab][hidden], or in bf16:
   const c10::BFloat16* embedding_bf16 = nullptr;
   const float* final_norm = nullptr;
-  PackedLinear lm_head;
+  DecoderMatrix lm_head;
   const float* rope_table = nullptr;  // [positions][2][head_dim / 2]
 
   // logits [num_logits_rows][vocab]; writes the keys and values of all tokens. `kv` is the pool's first element,
@@ -151,9 +152,9 @@ class DecoderStack {
   Scratch scratch(const DecoderBatch& batch) {
     const int64_t tokens = batch.tokens, rows = std::max(tokens, batch.num_logits_rows);
     const int64_t q_size = shape.heads * shape.head_dim, kv_size = shape.kv_heads * shape.head_dim;
-    int64_t stride = prepared_stride(lm_head);
-    for (const PackedLinear* w : {&layers[0].qkv, &layers[0].out, &layers[0].gate_up, &layers[0].down})
-      stride = std::max(stride, prepared_stride(*w));
+    int64_t stride = lm_head.stride();
+    for (const DecoderLayer& layer : layers)
+      for (const DecoderMatrix* w : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) stride = std::max(stride, w->stride());
     sequence_of_.resize(tokens);
     for (int64_t q = 0; q < batch.sequences; ++q)
       std::fill(sequence_of_.begin() + batch.query_start[q], sequence_of_.begin() + batch.query_start[q + 1], q);
@@ -175,37 +176,30 @@ class DecoderStack {
     }
   }
 
-  // y = rows W^T (+ bias) (+ y), where make(r, to) writes row r's w.k inputs.
+  // y = rows W^T (+ bias) (+ y), where make(r, to) writes row r's inputs.
   template <typename Make>
-  static void linear(Team::Member& member, const PackedLinear& w, const Scratch& s, int64_t rows, float* y,
+  static void linear(Team::Member& member, const DecoderMatrix& w, const Scratch& s, int64_t rows, float* y,
                      const float* bias, bool accumulate, const Make& make) {
-    const int64_t stride = prepared_stride(w);
+    const int64_t stride = w.stride(), inputs = w.inputs();
     member.spread(rows, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
-        float* row = s.rows + r * w.k;
+        float* row = s.rows + r * inputs;
         make(r, row);
-        if (stride > 0) s.scales[r] = prepare_row(w, row, s.prepared + r * stride);
+        if (stride > 0) s.scales[r] = w.prepare(row, s.prepared + r * stride);
       }
     });
-    multiply(member, w, s, stride > 0 ? static_cast<const void*>(s.prepared) : s.rows, rows, y, bias, accumulate);
+    w.multiply(member, stride > 0 ? static_cast<const void*>(s.prepared) : s.rows, s.scales, rows, y, bias, accumulate);
   }
 
   // y += x W^T
-  static void prepared_linear(Team::Member& member, const PackedLinear& w, const Scratch& s, const float* x, int64_t rows,
+  static void prepared_linear(Team::Member& member, const DecoderMatrix& w, const Scratch& s, const float* x, int64_t rows,
                               float* y) {
-    const int64_t stride = prepared_stride(w);
+    const int64_t stride = w.stride(), inputs = w.inputs();
     if (stride > 0)
       member.spread(rows, [&](int64_t first, int64_t last) {
-        for (int64_t r = first; r < last; ++r) s.scales[r] = prepare_row(w, x + r * w.k, s.prepared + r * stride);
+        for (int64_t r = first; r < last; ++r) s.scales[r] = w.prepare(x + r * inputs, s.prepared + r * stride);
       });
-    multiply(member, w, s, stride > 0 ? static_cast<const void*>(s.prepared) : x, rows, y, nullptr, true);
-  }
-
-  static void multiply(Team::Member& member, const PackedLinear& w, const Scratch& s, const void* x, int64_t rows, float* y,
-                       const float* bias, bool accumulate) {
-    const int64_t stride = prepared_stride(w);
-    const LinearWork work{&w, x, stride > 0 ? stride : w.k * 4, s.scales, rows, y, w.n, bias, accumulate};
-    member.spread(rows > 0 ? w.panels() : 0, [&](int64_t first, int64_t last) { work.run(first, last); });
+    w.multiply(member, stride > 0 ? static_cast<const void*>(s.prepared) : x, s.scales, rows, y, nullptr, true);
   }
 
   template <typename KV>
