@@ -19,7 +19,7 @@ from actors.c4.diagnosis.observation import BLOCK_OPS, Observation
 from actors.c4.diagnosis.processes import process_suspicions
 from actors.c4.diagnosis.settings import DiagnosisSettings
 from actors.c4.diagnosis.suspicion import Suspicion
-from actors.c4.diagnosis.verdict import FaultKind, Verdict
+from actors.c4.diagnosis.verdict import FaultClass, FaultKind, Verdict
 from actors.c4.diagnosis.waits import wait_suspicions
 from actors.c4.diagnosis.work import block_seconds, work_suspicions
 
@@ -88,12 +88,13 @@ def _patient(
     if longest <= settings.busy_wake_s:
         return one
     said = f"The host is busy: its processes wait {longest * 1e3:.0f} ms for a processor whenever they have to run."
-    hold_s = settings.busy_hold_s
-    if one.kind.fault_class.value.endswith("slow") and memory.blocks is not None:
+    slow = one.kind.fault_class in (FaultClass.COMMUNICATION_SLOW, FaultClass.NON_COMMUNICATION_SLOW)
+    hold_s = settings.busy_hold_s if slow else settings.busy_hang_hold_s
+    if slow and memory.blocks is not None:
         # The history must still remember the healthy past, or what lasts becomes the usual.
         block_s = np.nan_to_num(block_seconds(memory.blocks), nan=np.inf)
         hold_s = min(hold_s, settings.history_blocks / 4 * float(np.median(block_s)))
-    return replace(one, evidence=(*one.evidence, said), hold_s=max(one.hold_s, hold_s), busy=True)
+    return replace(one, evidence=(*one.evidence, said), hold_s=max(one.hold_s, hold_s), busy=slow)
 
 
 def _name(

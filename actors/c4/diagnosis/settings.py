@@ -68,7 +68,8 @@ class DiagnosisSettings:
     """A rank whose heartbeat thread waits so long for a processor whenever it has to run is on a busy host: there a process is
     held up for a second or two without being at fault ..."""
     busy_hold_s: float = 10.0
-    """... so what its operations, work, connections or heartbeat show must be seen for this long without a break; a slowness for
-    no longer than a quarter of the history."""
+    """... so its slowness must be seen for this long without a break, but no longer than a quarter of the history ..."""
+    busy_hang_hold_s: float = 2.5
+    """... and what looks like a hang for this long: the job stands still meanwhile."""
     forget_s: float = 30.0
     """A fault that was not seen for this long may be announced again."""

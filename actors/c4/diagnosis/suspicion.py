@@ -25,7 +25,7 @@ class Suspicion:
     hold_s: float = 0.0
     """How long it must be seen before it is named."""
     busy: bool = False
-    """The culprit's host is busy: it must be seen without a break."""
+    """A slowness on a busy host: it must be seen without a break."""
     cells: tuple[tuple[int, int], ...] = ()
     """Of a slow sender or receiver: its connections, which need no verdicts of their own."""
 
