@@ -64,12 +64,14 @@ class PartFolder:
     def inventory(self) -> list[PartId]:
         """Parts that are here, not yet checked."""
         found = []
-        for path in self.folder.glob("*-*/*.part"):
-            try:
-                rank, _, world_size = path.stem.partition("-")
-                found.append(PartId(Version.parse(path.parent.name), int(rank), int(world_size)))
-            except ValueError:
-                continue  # not ours
+        for folder in _entries(self.folder):
+            for name in _entries(self.folder / folder):
+                rank, _, world_size = name.removesuffix(".part").partition("-")
+                try:
+                    if name.endswith(".part"):
+                        found.append(PartId(Version.parse(folder), int(rank), int(world_size)))
+                except ValueError:
+                    continue  # not ours
         return found
 
     def read(self, part_id: PartId) -> bytes:
@@ -101,6 +103,14 @@ class PartFolder:
             if part.version < version:
                 self.path(part).unlink(missing_ok=True)
                 remove_if_empty(self.path(part).parent)
+
+
+def _entries(folder: Path) -> list[str]:
+    """Names in a folder, sorted; none when it is gone: others prune while we look."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def remove_if_empty(folder: Path) -> None:

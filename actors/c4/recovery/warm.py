@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
 PRELOAD_VARIABLE = "SEXTANT_C4_PRELOAD"
 BASE = (
-    "torch", "torch.distributed", "torch.nn.parallel", "ray.train", "ray.train.torch", "actors.c4.ray_train",
+    "torch", "torch._dynamo", "torch.distributed", "torch.nn.parallel", "ray.train", "ray.train.torch", "actors.c4.ray_train",
     "actors.c4.recorder.backend", "actors.c4.recorder.native",
 )  # fmt: skip
 
@@ -20,18 +22,35 @@ logger = logging.getLogger(__name__)
 
 
 def preload() -> None:
-    """Ray's set-up hook of worker processes. A module that cannot be imported is left to whoever needs it."""
-    for name in os.environ.get(PRELOAD_VARIABLE, "").split(","):
-        if not name:
-            continue
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # whatever a module's body raises: the loop will show it to the user
-            logger.warning("The module %s cannot be imported ahead of time: %s", name, error)
+    """Ray's set-up hook of worker processes. A module that cannot be imported is left to whoever needs it.
+
+    The imports run in a thread that only gets processor time which nobody else wants: they take seconds, next to a training
+    whose steps must not suffer. numpy comes before, because its thread pool inherits how its maker is scheduled; so does the
+    rehearsal come after.
+    """
+    _import("numpy")
+    importing = threading.Thread(target=_import_idly, name="c4-preload", daemon=True)
+    importing.start()
+    importing.join()
     try:
         _rehearse()
     except Exception as error:  # a torch that lacks a part of this: nothing is lost but time
         logger.warning("A warm worker process could not rehearse a step: %s", error)
+
+
+def _import_idly() -> None:
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed: at the usual priority then
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+    for name in os.environ.get(PRELOAD_VARIABLE, "").split(","):
+        if name:
+            _import(name)
+
+
+def _import(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # whatever a module's body raises: the loop will show it to the user
+        logger.warning("The module %s cannot be imported ahead of time: %s", name, error)
 
 
 def _rehearse() -> None:

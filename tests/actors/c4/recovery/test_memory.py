@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from actors.c4.recovery.keeper import Keeper
 from actors.c4.recovery.memory import REPORTS, PartFolder, clean_stale
@@ -46,3 +49,28 @@ def test_only_what_nobody_owns_and_nobody_wrote_to_lately_is_removed(tmp_path: P
     assert stranger.exists()
     living.forget()
     assert not (tmp_path / "sextant-c4-living").exists()
+
+
+def test_a_version_that_another_rank_prunes_meanwhile_is_just_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker looks at the inventory in every report: what it raises would reach the user's loop."""
+    folder = PartFolder(tmp_path, "run", "node0", REPORTS)
+    ids = [PartId(Version(1, number), 0, 1) for number in (1, 2, 3)]
+    for one in ids:
+        folder.store(Part(one, {"weights": b"x"}, {}))
+    listed = os.listdir
+
+    def list_then_prune(path: Path) -> list[str]:
+        names = listed(path)
+        if Path(path) == folder.folder:
+            shutil.rmtree(folder.folder / str(ids[1].version))
+        return names
+
+    monkeypatch.setattr(os, "listdir", list_then_prune)
+    assert folder.inventory() == [ids[0], ids[2]]
+    monkeypatch.undo()
+    (folder.folder / "not ours").mkdir()
+    (folder.folder / str(ids[0].version) / "notes.txt").write_text("not a part")
+    assert folder.inventory() == [ids[0], ids[2]]
+    assert PartFolder(tmp_path, "no such run", "node0", REPORTS).inventory() == []
