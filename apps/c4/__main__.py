@@ -1,4 +1,4 @@
-"""Command line of the c4 app: diagnose, demo, watch, inject, simulate, month."""
+"""Command line of the c4 app: diagnose, demo, watch, inject, simulate, month, paths, lab."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ def _add_verbs() -> None:
     from apps.c4.diagnose import diagnose
     from apps.c4.inject import inject
     from apps.c4.month import month
+    from apps.c4.paths.verbs import lab, paths
     from apps.c4.simulate import simulate
     from apps.c4.watch import watch
 
-    for verb in (diagnose, demo, watch, inject, simulate, month):
+    for verb in (diagnose, demo, watch, inject, simulate, month, paths, lab):
         app.verb(verb)
 
 

@@ -108,7 +108,7 @@ class PartFolder:
 def _entries(folder: Path) -> list[str]:
     """Names in a folder, sorted; none when it is gone: others prune while we look."""
     try:
-        return sorted(os.listdir(folder))
+        return sorted(path.name for path in folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
 

@@ -1,0 +1,1 @@
+"""Parts of the mcmisp benchmarks: the settings that they share, the training steps and the table builds that they measure."""
