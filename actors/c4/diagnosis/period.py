@@ -20,21 +20,23 @@ def step_period(enter_ns: NDArray[np.int64], signature: NDArray[np.int64]) -> fl
         enter_ns: [N], when the newest operations of a rank were entered, ascending.
         signature: [N], an integer for what each was (communicator, type, dtype, bytes).
 
-    The smallest p for which the operations equal those p before them (all that are given, or the newest) is the number of
-    operations in a step. Operations that all look alike hide it: then the longest regular pauses between them part the steps.
+    The smallest p for which the operations equal those p before them (all that are given, all but the first, or the newest) is
+    the number of operations in a step. Operations that all look alike hide it: then the longest regular pauses between them part the steps.
     """
     count = len(enter_ns)
     if count < 4 or count != len(signature):
         return float("nan")
     times = np.asarray(enter_ns, dtype=np.float64) / 1e9
-    periods = range(1, min(LONGEST, count // 3) + 1)
-    # First by all that is known; then, where something else came between (an evaluation), by the newest operations.
-    for least in (count, NEWEST):
-        for period in periods:
-            span = min(count - period, max(2 * period, least))
-            tail = signature[count - span :]
-            if (tail == signature[count - span - period : count - period]).all():
-                return _lap(times[count - span - period :], period)
+    # First by all that is known, then without what a job does once as it starts.
+    for skipped in (0, count // 8, count // 4):
+        for period in range(1, min(LONGEST, (count - skipped) // 3) + 1):
+            if (signature[skipped + period :] == signature[skipped : count - period]).all():
+                return _lap(times[skipped:], period)
+    # Where something else came between (an evaluation), by the newest operations.
+    for period in range(1, min(LONGEST, count // 3) + 1):
+        span = min(count - period, max(2 * period, NEWEST))
+        if (signature[count - span :] == signature[count - span - period : count - period]).all():
+            return _lap(times[count - span - period :], period)
     return float("nan")
 
 

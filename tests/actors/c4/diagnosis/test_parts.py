@@ -123,6 +123,15 @@ def test_the_period_survives_an_evaluation_and_is_unknown_without_repetition():
     assert np.isnan(step_period(np.array([1, 2]), np.array([1, 1])))
 
 
+@pytest.mark.parametrize("pattern", [[1], [1, 2, 3]])
+def test_what_a_job_does_once_as_it_starts_does_not_hide_the_period(pattern):
+    """Else a hang in the first steps after a restart would have to last for half a minute."""
+    start = [7, 8, 9, 6]
+    signature = np.array(start + pattern * (16 // len(pattern)))
+    times = np.arange(len(signature)) * 100_000_000
+    assert step_period(times, signature) == pytest.approx(0.1 * len(pattern))
+
+
 def test_merging_rejects_what_does_not_belong_together():
     one = observation([Group("g", "", (0, 1))], progress([(0, 0, At(1))]))
     other = observation([Group("g", "", (0, 2))], progress([(0, 0, At(1))]))

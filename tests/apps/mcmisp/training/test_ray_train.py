@@ -17,7 +17,8 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.slow,
     pytest.mark.skipif(
-        not os.environ.get("SEXTANT_MCMISP_FITS"), reason="has not passed yet (no quiet machine): set SEXTANT_MCMISP_FITS=1"
+        not os.environ.get("SEXTANT_MCMISP_FITS"),
+        reason="has not passed yet (no quiet machine): set SEXTANT_MCMISP_FITS=1",
     ),
 ]
 
