@@ -21,7 +21,8 @@ def step_period(enter_ns: NDArray[np.int64], signature: NDArray[np.int64]) -> fl
         signature: [N], an integer for what each was (communicator, type, dtype, bytes).
 
     The smallest p for which the operations equal those p before them (all that are given, all but the first, or the newest) is
-    the number of operations in a step. Operations that all look alike hide it: then the longest regular pauses between them part the steps.
+    the number of operations in a step. Operations that all look alike hide it: then the longest regular pauses between them part
+    the steps.
     """
     count = len(enter_ns)
     if count < 4 or count != len(signature):
