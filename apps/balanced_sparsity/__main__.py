@@ -1,4 +1,4 @@
-"""Command line of the balanced_sparsity app: train, prune, evaluate, export, sweep, report, demo."""
+"""Command line of the balanced_sparsity app: train, prune, evaluate, export, sweep, sparsify, serve, report, demo."""
 
 from __future__ import annotations
 

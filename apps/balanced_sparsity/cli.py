@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from actors.llumnix.engine.config import EMBEDDED_MODEL
 from apps.balanced_sparsity.config import BalancedSparsityConfig
 from apps.program.cli import program
 from apps.program.config import load_config
@@ -117,6 +118,61 @@ def sweep(config: BalancedSparsityConfig, start: Start = None, resume: Resume = 
         config = _to_prune(config, start)
     folder, config = _folder(config, resume)
     _sweep(config, folder, _kept(folder, start, resume is not None), resume is not None)
+
+
+@app.verb
+def sparsify(
+    config: BalancedSparsityConfig,
+    out: Annotated[Path, typer.Option(help="A new folder for the sparse model; the serving engine loads it.")],
+    model: Annotated[
+        str, typer.Option(help="A Llama: smollm2-135m-instruct, a GGUF file, a Hugging Face folder, owner/name.")
+    ] = EMBEDDED_MODEL,
+) -> None:
+    """Prune a language model in one shot, recover it, write it packed, and compare bytes and perplexity with the dense one."""
+    import torch
+
+    from apps.balanced_sparsity.serving.language_model import check_pattern, make_sparse
+    from apps.program.report import print_table
+
+    pattern = check_pattern(config)
+    torch.set_num_threads(config.sparsify.threads)
+    out = out.expanduser()
+    print(f"Sparsifying {model}: {pattern}, {100 * config.pruning.sparsity:g} % zeros ...", flush=True)
+    told = make_sparse(config, model, out, lambda line: print(line, flush=True))
+    folder = new_run_folder(SYSTEM, config=config)
+    folder.write_result(told)
+    print_table(["", "dense", f"sparse, {told.value_type}"], told.rows(), title=f"{model}: {told.pattern}, {out}")
+    print(f"Serve it: python -m apps.llumnix serve engine.model={out}\nThe figures: {folder / 'result.json'}")
+
+
+@app.verb
+def serve(
+    config: BalancedSparsityConfig,
+    start: Start = None,
+    packed: Annotated[Path | None, typer.Option(help="The same network's packed weights, from `export`.")] = None,
+) -> None:
+    """Serve a trained LSTM frame by frame over HTTP, many streams at batch 1 (Ray Serve); ends with Ctrl-C or SIGTERM."""
+    import signal
+    import threading
+
+    from apps.balanced_sparsity.serving.service import running_service
+
+    start = _resolved(start)
+    if start is None:
+        raise UserError("Name a trained LSTM with --start (a run folder of `train` or `prune`, or its model.pt).")
+    ended = threading.Event()
+    print(f"Starting {config.serving.shards} processes for streams ...", flush=True)
+    with running_service(config, start, None if packed is None else str(packed.expanduser().resolve())) as url:
+        # Only now: starting Ray installs a handler of its own, which would end this process in the middle.
+        previous = signal.signal(signal.SIGTERM, lambda *_: ended.set())
+        try:
+            print(f"Serving {start} at {url}/streams (Ctrl-C ends).", flush=True)
+            while not ended.wait(0.5):
+                pass
+        except KeyboardInterrupt:
+            pass
+        print("Ending ...", flush=True)
+    signal.signal(signal.SIGTERM, previous)
 
 
 @app.verb

@@ -1,4 +1,4 @@
-"""Configuration of the balanced_sparsity app: model, data, training, pruning, the sweep's grid, Ray."""
+"""Configuration of the balanced_sparsity app: model, data, training, pruning, the sweep's grid, sparsify, serving, Ray."""
 
 from __future__ import annotations
 
@@ -171,6 +171,52 @@ class SweepConfig(Config):
         return self
 
 
+class SparsifyConfig(Config):
+    """How `sparsify` prunes a language model of the serving engine; pattern and sparsity are those of ``pruning``."""
+
+    text: str | None = None
+    """Text file that is pruned and recovered on; null: the docstrings of Python's library."""
+    test: str | None = None
+    """Text file that perplexity is measured on; null: the last tenth of ``text``, which is held out then."""
+    sequences: int = Field(default=16, ge=1)
+    """Sequences of ``text`` at most, from all over it."""
+    test_sequences: int = Field(default=8, ge=1)
+    tokens: int = Field(default=256, ge=2)
+    """Of a sequence."""
+    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
+    value_type: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"
+    reconstruct: bool = True
+    """Fit what is kept to what the dense layer computes."""
+    steps: int = Field(default=20, ge=0)
+    """Of distillation from the dense model; 0: none."""
+    batch: int = Field(default=2, ge=1)
+    learning_rate: float = Field(default=2e-4, gt=0)
+    seed: int = Field(default=0, ge=0)
+    skip_layers: tuple[int, ...] = ()
+    """Numbers of layers that stay dense."""
+    threads: int = Field(default=2, ge=1)
+
+
+class ServingConfig(Config):
+    """How `serve` answers the streams of an LSTM."""
+
+    app_name: str = "balanced_lstm"
+    """Name of the Serve application."""
+    host: str = "127.0.0.1"
+    port: int = Field(default=8001, ge=1, le=65535)
+    shards: int = Field(default=1, ge=1)
+    """Processes that hold streams; a stream stays in the one that its name says."""
+    max_streams: int = Field(default=1024, ge=1)
+    """Open at once in a shard."""
+    evict_after_idle_s: float = Field(default=60.0, ge=0)
+    """In a full shard, the stream unused for longest is closed for a new one if it was unused for so long; else 429."""
+    max_frames: int = Field(default=256, ge=1)
+    """Of one request: the shard's other streams wait for them."""
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of a shard."""
+
+
 class BalancedSparsityConfig(Config):
     """``python -m apps.balanced_sparsity VERB [--config configs/balanced_sparsity/<preset>.yaml] [key=value ...]``."""
 
@@ -179,6 +225,8 @@ class BalancedSparsityConfig(Config):
     training: TrainingConfig = TrainingConfig()
     pruning: PruningConfig = PruningConfig()
     sweep: SweepConfig = SweepConfig()
+    sparsify: SparsifyConfig = SparsifyConfig()
+    serving: ServingConfig = ServingConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")

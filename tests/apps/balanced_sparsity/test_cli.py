@@ -92,6 +92,10 @@ def test_train_prune_evaluate_export(runs, capsys):
         (["sweep"], "--start"),
         (["sweep", "sweep.balanced_blocks=[2]"], "4 to 256 columns"),
         (["report", "missing"], "no result.json"),
+        (["serve"], "--start"),
+        (["serve", "--start", "missing/model.pt"], "There is no checkpoint"),
+        (["serve", "serving.port=0"], "serving.port"),
+        (["sparsify"], "--out"),
         (["train", "--config", "speaker", "training.workers=0"], "no data at timit_sample"),
     ],
 )
@@ -103,7 +107,17 @@ def test_mistakes_are_one_line(runs, capsys, monkeypatch, tmp_path, arguments, s
 
 def test_every_preset_resolves():
     names = presets("balanced_sparsity")
-    assert {"cpu", "gpu", "cluster", "vgg16_imagenet", "lstm_medium", "lstm_large", "speaker"} <= set(names)
+    assert {
+        "cpu",
+        "gpu",
+        "cluster",
+        "vgg16_imagenet",
+        "lstm_medium",
+        "lstm_large",
+        "speaker",
+        "smollm2",
+        "lstm_server",
+    } <= set(names)
     for name in names:
         load_config(BalancedSparsityConfig, name, system="balanced_sparsity")
     large = load_config(BalancedSparsityConfig, "lstm_large", system="balanced_sparsity")
