@@ -10,7 +10,9 @@ LONGEST = 256
 NEWEST = 48
 """Operations over which the repetition must hold at least."""
 GAP_FACTOR = 4.0
-"""A pause this many times the median between two like operations parts two steps."""
+"""A pause this many times the median between two like operations parts two steps ..."""
+REGULAR = 0.75
+"""... when this share of the pauses is equally many operations apart."""
 
 
 def step_period(enter_ns: NDArray[np.int64], signature: NDArray[np.int64]) -> float:
@@ -48,6 +50,8 @@ def _lap(times: NDArray[np.float64], period: int) -> float:
     # All alike: one operation a step, or several equal ones with the step's own work between the last and the first.
     median = float(np.median(laps))
     breaks = np.flatnonzero(laps > GAP_FACTOR * median)
-    if len(breaks) < 3:
+    apart = np.diff(breaks)
+    # Steps that something held up are pauses, too, but not every so many operations.
+    if len(breaks) < 3 or (apart == np.median(apart)).mean() < REGULAR:
         return median
     return float(np.median(np.diff(times[breaks])))

@@ -123,6 +123,15 @@ def test_the_period_survives_an_evaluation_and_is_unknown_without_repetition():
     assert np.isnan(step_period(np.array([1, 2]), np.array([1, 1])))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_steps_that_a_busy_host_holds_up_are_no_longer_steps(seed):
+    """One operation a step: the long ones among them do not part anything."""
+    rng = np.random.default_rng(seed)
+    laps = np.full(60, 0.25)
+    laps[rng.choice(60, 9, replace=False)] = rng.uniform(1.2, 9.0, 9)
+    assert step_period((np.cumsum(laps) * 1e9).astype(np.int64), np.ones(60, int)) == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize("pattern", [[1], [1, 2, 3]])
 def test_what_a_job_does_once_as_it_starts_does_not_hide_the_period(pattern):
     """Else a hang in the first steps after a restart would have to last for half a minute."""
