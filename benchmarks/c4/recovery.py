@@ -24,6 +24,7 @@ from benchmarks.c4.recovery_loop import train
 FAULTS = ("sigkill", "sigstop", "gil_lock")
 _POLL_S = 0.02
 STEPS_BETWEEN = 5
+STILL_S = 3.0
 
 
 class TrialError(RuntimeError):
@@ -274,18 +275,20 @@ def repair(fit: Fit) -> tuple[str, ...]:
 
 
 def wait_until_warm(run: str, processes: int, timeout_s: float) -> bool:
-    """Until so many idle worker processes of the run have done their imports (used CPU and now use none); whether it came so far.
+    """Until so many idle worker processes of the run have done their imports (used CPU, and none for ``STILL_S``: they import on
+    idle processor time, with pauses); whether it came so far.
 
     A fault while they are still importing is a fault soon after the last one: it recovers as slowly as without warm processes.
     """
     deadline = time.monotonic() + timeout_s
-    seen: Mapping[int, float] = {}
+    changed: dict[int, tuple[float, float]] = {}
     while time.monotonic() < deadline:
-        used = _idle_cpu_seconds(run)
-        ready = [pid for pid, seconds in used.items() if seconds > 1.0 and seen.get(pid) == seconds]
-        if len(ready) >= processes:
+        now, idle = time.monotonic(), _idle_cpu_seconds(run)
+        for pid, seconds in idle.items():
+            if pid not in changed or changed[pid][0] != seconds:
+                changed[pid] = (seconds, now)
+        if sum(changed[pid][0] > 1.0 and now - changed[pid][1] >= STILL_S for pid in idle) >= processes:
             return True
-        seen = used
         time.sleep(0.5)
     return False
 
