@@ -131,7 +131,7 @@ def test_the_rate_of_a_slow_link_follows_from_the_jobs_traffic(process: subproce
         pacing_rate(victim, 2.0)
     for number in range(1, 11):
         op_id = ring.enter(group, number, 1, 1, 10_000)
-        ring.open_edge(op_id, number, group, 1, 2).moved(10_000, 1)
+        ring.open_edges(op_id, number, group, 1, 2, 3)[1].moved(10_000, 1)
         ring.stamp(op_id, 1, 1)
         ring._ops[(op_id & 4095) * 8 + 3] = number * 10**6  # entered every millisecond
         ring.stamp(op_id, number * 10**6, number * 10**6 + 10**6)

@@ -74,7 +74,7 @@ def test_progress_of_a_rank_inside_an_operation_with_its_connections(ring: RingW
     group = ring.add_communicator(Communicator("0", "dp", RANKS))
     reduce(ring, group, 1)
     op_id = reduce(ring, group, 2, end=False)
-    out, into = ring.open_edge(op_id, 2, group, 0, 1), ring.open_edge(op_id, 2, group, 3, 0)
+    out, into = ring.open_edges(op_id, 2, group, 3, 0, 1)
     out.begun()
     out.begun()
     into.received(10, 20)
