@@ -19,18 +19,29 @@ def namespaces() -> set[str]:
     return set(subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout.split())
 
 
+def spines(fabric: NamespaceFabric, host: int, target: str, port: int, ports: range) -> list[int | None]:
+    """Spine by source port; asked again while a probe was lost (on a busy machine, or while routes change)."""
+    found: list[int | None] = list(fabric.trace(host, target, port, ports))
+    for _ in range(5):
+        if None not in found:
+            break
+        again = fabric.trace(host, target, port, ports)
+        found = [new if old is None else old for old, new in zip(found, again, strict=True)]
+    return found
+
+
 @needs_namespaces
 def test_the_source_port_decides_the_spine_and_a_cut_cable_is_avoided():
     fabric = NamespaceFabric(SMALL)
     with fabric:
         target, ports = fabric.address(2, 0, 1), range(50_000, 50_040)
-        first = fabric.trace(0, target, 20_001, ports)
+        first = spines(fabric, 0, target, 20_001, ports)
         assert set(first) == {0, 1, 2, 3}, "all spines are reached by some port"
-        assert fabric.trace(0, target, 20_001, ports) == first, "a port always takes the same spine"
-        assert fabric.trace(0, target, 20_002, ports) != first, "the destination port is part of the hash"
+        assert spines(fabric, 0, target, 20_001, ports) == first, "a port always takes the same spine"
+        assert spines(fabric, 0, target, 20_002, ports) != first, "the destination port is part of the hash"
         fabric.fail(0, 2)
-        assert set(fabric.trace(0, target, 20_001, ports)) == {0, 1, 3}
-        back = fabric.trace(2, fabric.address(0, 0, 1), 20_001, ports)
+        assert set(spines(fabric, 0, target, 20_001, ports)) == {0, 1, 3}
+        back = spines(fabric, 2, fabric.address(0, 0, 1), 20_001, ports)
         assert 2 not in back, "the other side does not send into the dead cable either"
     assert not namespaces() & set(fabric.namespaces)
 
