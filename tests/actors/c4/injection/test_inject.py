@@ -60,8 +60,10 @@ def wait_for(condition) -> None:
 def test_sigstop_and_back(process: subprocess.Popen, tmp_path: Path) -> None:
     injected = inject(Fault(FaultName.SIGSTOP, 2), target(process), tmp_path)
     wait_for(lambda: state_of(process.pid, -1) is ProcessState.STOPPED)
+    assert process.poll() is None
     injected.stop()
     wait_for(lambda: state_of(process.pid, -1) is not ProcessState.STOPPED)
+    assert state_of(process.pid, -1) in (ProcessState.RUNNING, ProcessState.SLEEPING)
 
 
 def test_sigkill_and_then_there_is_nothing_to_inject_into(process: subprocess.Popen, tmp_path: Path) -> None:

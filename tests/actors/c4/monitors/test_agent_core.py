@@ -60,11 +60,12 @@ def test_an_operation_that_stands_still_is_reported_at_every_round(tmp_path: Pat
     agent = AgentCore("run", "n0", tmp_path, MonitorSettings(report_s=0.05, poll_s=0.01, suspicious_s=0.1))
     group = ring.add_communicator(Communicator("0", "dp", (0, 1)))
     ring.enter(group, 1, 1, 1, 64)
+    unpacker = Unpacker()
     round_with(agent, watching())
-    round_with(agent, watching())
+    unpacker.unpack(round_with(agent, watching()).packed)
     time.sleep(0.15)
-    for _ in range(3):
-        round_with(agent, watching())
+    ages = [float(unpacker.unpack(round_with(agent, watching()).packed).progress.open_age_s[0]) for _ in range(3)]
+    assert 0.15 <= ages[0] < ages[1] < ages[2]
 
 
 def test_a_master_that_did_not_answer_gets_everything_again(agent: AgentCore, ring: RingWriter) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -203,9 +205,19 @@ def test_a_state_is_the_first_input_of_the_recurrence():
 
 
 def test_forward_decides_how_a_batch_is_run():
-    model = Net()
-    one_shot_(model, Pattern.balanced(4), 0.5, "wanda", [{"x": torch.randn(2, 8, 5)}], forward=lambda m, b: m(b["x"]))
-    one_shot_(model, Pattern.balanced(4), 0.5, "wanda", [(torch.randn(2, 8, 5), 2.0)])
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 8, 5), Net()
+
+    def pruned(batch, **how):
+        net = copy.deepcopy(model)
+        one_shot_(net, Pattern.balanced(4), 0.5, "wanda", [batch], **how)
+        return torch.cat([weight.flatten() for weight in net.parameters()])
+
+    plain, scaled = pruned(x), pruned(2.0 * x)
+    assert torch.equal(pruned({"x": x}, forward=lambda m, b: m(b["x"])), plain)
+    assert torch.equal(pruned((x, 2.0)), scaled)
+    assert not torch.equal(plain, scaled)
+    assert (plain == 0).float().mean() > 0.3
 
 
 def test_inputs_that_are_dead_are_pruned_first_and_harmless():
