@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kernels.balanced import dispatch
 from kernels.balanced.format import pack
-from kernels.balanced.linear import dense, sparse, sparse_available
+from kernels.balanced.linear import dense, sparse
 from kernels.balanced.spec import BalancedFormatError, ValueType
 
 PATTERNS = (
@@ -56,7 +56,7 @@ def regimes(quick: bool) -> Iterator[tuple[ValueType, torch.dtype, int, int, int
 
 def calibrate(quick: bool = False, progress: Callable[[Progress], None] | None = None) -> dispatch.Table:
     """Measure and return a table; the caller saves it. Raises BalancedFormatError where there is no sparse kernel."""
-    if not sparse_available(torch.device("cpu"), torch.float32):
+    if not dispatch.sparse_available(torch.device("cpu"), torch.float32):
         raise BalancedFormatError("there is no C++ kernel here, so that dense is always taken: nothing to measure")
     todo = list(regimes(quick))
     found: list[tuple[dispatch.Regime, int]] = []

@@ -22,6 +22,7 @@ import torch
 
 from kernels.balanced import gpu
 from kernels.balanced.format import BalancedWeight
+from kernels.balanced.selection import cpp
 from kernels.balanced.spec import BalancedFormatError, BalancedSpec, ValueType
 
 logger = logging.getLogger("sextant.kernels")
@@ -215,9 +216,12 @@ def choose(weight: BalancedWeight, batch: int, x_dtype: torch.dtype) -> Arm:
     return "dense" if batch >= plan(weight, x_dtype).dense_from else "sparse"
 
 
-def _dense_from(weight: BalancedWeight, x_dtype: torch.dtype) -> int:
-    from kernels.balanced.linear import sparse_available
+def sparse_available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is a sparse kernel here: C++ on the CPU, Triton on CUDA. What they lack (float64) is computed densely."""
+    return gpu.takes(device, dtype) or (device.type == "cpu" and dtype != torch.float64 and cpp())
 
+
+def _dense_from(weight: BalancedWeight, x_dtype: torch.dtype) -> int:
     if weight.device.type != "cpu" or not sparse_available(weight.device, x_dtype):
         return 1
     return table().lookup(regime_of(weight.spec.with_smallest_index("lanes"), x_dtype))

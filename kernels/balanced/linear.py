@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from kernels.balanced import dispatch, gpu, lanes
 from kernels.balanced.format import BalancedWeight, weight_of
-from kernels.balanced.selection import cpp
 from kernels.balanced.spec import INDEX_KINDS, BalancedSpec
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -82,7 +81,7 @@ def dense(weight: BalancedWeight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def sparse(x: torch.Tensor, weight: BalancedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The product by the sparse kernel whatever the table says; needs ``sparse_available``. Shapes as ``balanced_linear``."""
+    """The product by the sparse kernel whatever the table says (``dispatch.sparse_available``). Shapes as ``balanced_linear``."""
     if gpu.takes(x.device, x.dtype):
         return gpu.linear(x, weight, bias, gpu.arms.sparse_arm(weight.spec, x.numel() // weight.spec.columns))
     if weight.spec.layout != "lanes":
@@ -94,11 +93,6 @@ def sparse(x: torch.Tensor, weight: BalancedWeight, bias: torch.Tensor | None = 
         spec.rows, spec.columns, spec.tile, INDEX_KINDS.index(spec.index_kind),
     )  # fmt: skip
     return y if x.dim() == 2 else y.view(*x.shape[:-1], spec.rows)
-
-
-def sparse_available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there is a sparse kernel here: C++ on the CPU, Triton on CUDA. What they lack (float64) is computed densely."""
-    return gpu.takes(device, dtype) or (device.type == "cpu" and dtype != torch.float64 and cpp())
 
 
 @lru_cache(maxsize=1024)

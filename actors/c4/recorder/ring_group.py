@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,13 +25,19 @@ from actors.c4.recorder.transport import RingOptions, RingTransport
 from actors.c4.recorder.wire import FORMS, REDUCTIONS, Announcement
 from actors.c4.recorder.works import RingWork
 
-if TYPE_CHECKING:
-    from actors.c4.recorder.group import C4Group
-
 logger = logging.getLogger("sextant.c4.recorder")
 
 _REDUCTIONS = {dist.ReduceOp.SUM: "sum", dist.ReduceOp.AVG: "avg"}
 _IDLE_S = 5.0
+
+
+class Numbering(Protocol):
+    """What the ring asks of the process group: under which communicator and number an operation is recorded."""
+
+    @property
+    def communicator(self) -> int: ...
+
+    def next_sequence(self) -> int: ...
 
 
 class RingGroup:
@@ -74,15 +80,15 @@ class RingGroup:
 
     # ---- operations
 
-    def all_reduce(self, group: C4Group, tensor: torch.Tensor, reduction: Any, is_async: bool) -> RingWork:
+    def all_reduce(self, group: Numbering, tensor: torch.Tensor, reduction: Any, is_async: bool) -> RingWork:
         """In place. The order of addition is ``RingOptions.algorithm``'s."""
         return self._submit(group, OpType.ALL_REDUCE, tensor, tensor, [tensor], is_async, _reduction(reduction))
 
-    def broadcast(self, group: C4Group, tensor: torch.Tensor, root: int, is_async: bool) -> RingWork:
+    def broadcast(self, group: Numbering, tensor: torch.Tensor, root: int, is_async: bool) -> RingWork:
         return self._submit(group, OpType.BROADCAST, tensor, tensor, [tensor], is_async, root=root)
 
     def all_gather(
-        self, group: C4Group, output: torch.Tensor | None, outputs: list[torch.Tensor] | None, tensor: torch.Tensor,
+        self, group: Numbering, output: torch.Tensor | None, outputs: list[torch.Tensor] | None, tensor: torch.Tensor,
         is_async: bool,
     ) -> RingWork:  # fmt: skip
         """Into one tensor, or into a list of them."""
@@ -102,7 +108,7 @@ class RingGroup:
         return self._submit(group, OpType.ALL_GATHER, tensor, whole, results, is_async, before=before, after=after)
 
     def reduce_scatter(
-        self, group: C4Group, output: torch.Tensor, tensor: torch.Tensor, reduction: Any, is_async: bool
+        self, group: Numbering, output: torch.Tensor, tensor: torch.Tensor, reduction: Any, is_async: bool
     ) -> RingWork:
         """The input is left as it is. Chunk c is added in the order c+1, c+2, .., c (mod n), whatever its place or size."""
         work: list[torch.Tensor] = []
@@ -134,7 +140,7 @@ class RingGroup:
     # ---- how they run
 
     def _submit(
-        self, group: C4Group, op: OpType, payload: torch.Tensor, buffer: Any, outputs: list[torch.Tensor], is_async: bool,
+        self, group: Numbering, op: OpType, payload: torch.Tensor, buffer: Any, outputs: list[torch.Tensor], is_async: bool,
         reduction: str | None = None, root: int = -1, before: Callable[[], None] | None = None,
         after: Callable[[], None] | None = None,
     ) -> RingWork:  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels.balanced import BalancedLinear, balanced_linear, dispatch, linear, pack, reference
+from kernels.balanced import BalancedLinear, balanced_linear, dispatch, pack, reference
 from kernels.balanced.linear import sparse
 from kernels.balanced.spec import VALUE_TYPES
 from tests.kernels.balanced.world import PATTERNS, SHAPES, needs_cpp, randn
@@ -211,7 +211,7 @@ def test_dense_follows_values_that_are_trained(choose):
 
 def test_without_a_compiler_torch_runs_and_says_so_once(monkeypatch, caplog):
     from kernels import build
-    from kernels.balanced import format, lanes, selection
+    from kernels.balanced import dispatch, format, lanes, selection
 
     def broken(name: str):
         raise build.BuildError("no compiler")
@@ -220,7 +220,7 @@ def test_without_a_compiler_torch_runs_and_says_so_once(monkeypatch, caplog):
     build.load.cache_clear()
     fresh = selection.cpp.__wrapped__
     with caplog.at_level(logging.WARNING, logger="sextant.kernels"):
-        for module in (format, lanes, selection, linear):
+        for module in (format, lanes, selection, dispatch):
             monkeypatch.setattr(module, "cpp", lambda: fresh())
         x, packed = randn(5, 70), pack(randn(20, 70), 3, 32, value_type="bf16")
         y = balanced_linear(x, packed)
