@@ -4,11 +4,7 @@ TRITON_INTERPRET must be set before the kernels are defined; prints one JSON obj
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
-import traceback
 from contextlib import contextmanager
 from unittest import mock
 
@@ -20,6 +16,7 @@ from kernels.balanced.format import BalancedWeight
 from kernels.balanced.gpu import arms, launch, table
 from kernels.balanced.spec import VALUE_TYPES
 from tests.kernels.balanced.world import randn
+from tests.kernels.without_gpu import report
 
 KERNELS = {"gather": launch.gather, "decompress": launch.decompress, "vector": launch.vector}
 EPSILON = {torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -252,19 +249,5 @@ CHECKS = {
 }
 
 
-def main() -> None:
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        sys.exit("set TRITON_INTERPRET=1")
-    torch.set_num_threads(1)
-    results: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    report(CHECKS)

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 from tests.kernels.balanced import gpu_interpreted
-
-ROOT = Path(__file__).parents[3]
+from tests.kernels.without_gpu import compile_kernels, interpret
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, str | None]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.balanced.gpu_interpreted"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return interpret("tests.kernels.balanced.gpu_interpreted")
 
 
 @pytest.mark.parametrize("check", list(gpu_interpreted.CHECKS))
@@ -35,14 +23,7 @@ def test_in_the_interpreter(results, check):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict[str, dict]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.balanced.gpu_compiled"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return compile_kernels("tests.kernels.balanced.gpu_compiled", tmp_path_factory.mktemp("triton"))
 
 
 def loads(ptx: str, kind: str) -> list[str]:

@@ -5,15 +5,11 @@ set before the kernels are defined; prints one JSON object {check: error or null
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import traceback
-
 import torch
 
 from kernels.guided_attention import guided_kl
 from tests.kernels.guided_attention.world import World, world
+from tests.kernels.without_gpu import report
 
 
 def _same(w: World, contrast: bool, renormalise: bool) -> None:
@@ -75,19 +71,5 @@ CHECKS = {f.__name__: f for f in (
 )}  # fmt: skip
 
 
-def main() -> None:
-    results: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()[-3000:]
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        sys.exit("set TRITON_INTERPRET=1")
-    torch.set_num_threads(1)
-    main()
+    report(CHECKS)

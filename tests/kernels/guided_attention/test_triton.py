@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -15,22 +9,12 @@ pytest.importorskip("triton")
 from kernels.guided_attention import Mixture, TableView, guided_kl
 from tests.kernels.guided_attention import interpreted
 from tests.kernels.guided_attention.world import world
-
-ROOT = Path(__file__).parents[3]
-
-
-def _run(module: str, environment: dict[str, str]) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.kernels.guided_attention.{module}"],
-        cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=170, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+from tests.kernels.without_gpu import compile_kernels, interpret
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, str | None]:
-    return _run("interpreted", {**os.environ, "TRITON_INTERPRET": "1"})
+    return interpret("tests.kernels.guided_attention.interpreted")
 
 
 @pytest.mark.parametrize("check", list(interpreted.CHECKS))
@@ -40,8 +24,7 @@ def test_in_the_interpreter(results, check):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> dict[str, dict]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return _run("compiled", {**environment, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))})
+    return compile_kernels("tests.kernels.guided_attention.compiled", tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -4,15 +4,11 @@ TRITON_INTERPRET must be set before the kernels are defined; prints one JSON obj
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import traceback
-
 import torch
 
 from kernels.paged_attention import paged_attention, write_kv
 from tests.kernels.paged_attention.world import World
+from tests.kernels.without_gpu import report
 
 CHUNKS = [(0, 69, 70), (1, 26, 33), (2, 0, 3)]
 LENGTHS = [70, 33, 3]
@@ -129,19 +125,5 @@ CHECKS = {
 }
 
 
-def main() -> None:
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        sys.exit("set TRITON_INTERPRET=1")
-    torch.set_num_threads(1)
-    results: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    report(CHECKS)
