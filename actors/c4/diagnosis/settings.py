@@ -37,6 +37,8 @@ class DiagnosisSettings:
     """A slowness must last at least so many blocks ..."""
     recent_steps: float = 2.0
     """... and so many steps; two blocks do when a block alone holds two steps or more."""
+    recent_s: float = 1.0
+    """... and so long: a host's own work holds a rank up for some tenths of a second, which are several of the shortest steps."""
     recent_share: float = 0.75
     """Share of the recent blocks that must be elevated, each by itself: one-off pauses fill one block."""
     warmup_blocks: int = 2

@@ -49,12 +49,13 @@ class Trend:
 def recent_count(
     block_s: NDArray[np.float64], step_s: float, width: int, settings: DiagnosisSettings
 ) -> NDArray[np.int64]:
-    """[N]: blocks that make the present: at least three, and two steps' worth; two when a block alone holds two steps."""
+    """[N]: blocks that make the present: three (two when a block alone holds two steps), two steps' worth, and a second's."""
     if not np.isfinite(step_s):
         return np.full(len(block_s), settings.recent_blocks)
     known = np.where(np.isfinite(block_s) & (block_s > 0), block_s, step_s)
     blocks = np.ceil(settings.recent_steps * step_s / known * 0.95).astype(np.int64)
     floor = np.where(known >= 1.8 * step_s, min(2, settings.recent_blocks), settings.recent_blocks)
+    blocks = np.maximum(blocks, np.ceil(settings.recent_s / known - 1e-6).astype(np.int64))
     return np.clip(blocks, floor, width // 3)
 
 

@@ -19,15 +19,23 @@ from tests.actors.c4.diagnosis.builders import At, Course, block_rows, link_bloc
 def test_the_rank_that_others_wait_for_is_named_within_a_few_blocks(factor):
     course = Course()
     assert course.run(20) == []
-    verdicts = course.run(6, work=lambda block, rank: factor if rank == 2 else 1.0)
+    verdicts = course.run(10, work=lambda block, rank: factor if rank == 2 else 1.0)
     (verdict,) = verdicts
     assert (verdict.kind, verdict.culprit.ranks) == (FaultKind.WORK_SLOW, (2,))
     assert verdict.fault_class is FaultClass.NON_COMMUNICATION_SLOW
     assert verdict.slowdown == pytest.approx(factor, rel=0.2)
-    assert 0 < verdict.detection_s < 6 * 4 * 0.05 * factor
+    assert 0 < verdict.detection_s < 10 * 4 * 0.05 * factor
 
 
-@pytest.mark.parametrize(("factor", "blocks"), [(1.5, 16), (3.0, 8)])
+def test_a_rank_that_something_holds_up_for_half_a_second_is_not_slow():
+    course = Course()
+    course.run(20)
+    for _ in range(5):
+        assert course.run(3, work=lambda block, rank: 2.5 if rank == 2 else 1.0) == []
+        assert course.run(12) == []
+
+
+@pytest.mark.parametrize(("factor", "blocks"), [(1.5, 32), (3.0, 12)])
 def test_a_slow_connection_is_a_hot_cell(factor, blocks):
     course = Course()
     assert course.run(20) == []
